@@ -1,0 +1,102 @@
+"""Arrays to GeoTIFF files and back, footprints and coordinate changes: the thin layer over GDAL.
+
+Formats: GeoTIFF (OGC 19-008r4) and Cloud-Optimised GeoTIFF (OGC 21-026).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+import rasterio.transform
+import rasterio.warp
+from affine import Affine
+from numpy.typing import NDArray
+from rasterio.crs import CRS
+from rasterio.shutil import copy as rio_copy
+
+Transform = tuple[float, float, float, float, float, float]
+Colormap = Mapping[int, tuple[int, int, int]]
+
+
+def write_geotiff(
+    path: Path,
+    values: NDArray[Any],
+    *,
+    crs: str | None,
+    transform: Transform,
+    nodata: float | None = None,
+    descriptions: Sequence[str] = (),
+    colormap: Colormap | None = None,
+) -> None:
+    """Write `values` [C, H, W] as a tiled, deflated GeoTIFF; the file appears whole or not at all.
+
+    Args:
+        path: where to; folders must exist.
+        values: bands of one dtype that GeoTIFF knows (uint8, uint16, int16, float32, ...).
+        crs: anything that PROJ understands ("EPSG:32633", WKT), or None.
+        transform: the affine's (a, b, c, d, e, f): x = a col + b row + c, y = d col + e row + f.
+        nodata: the value that means "nothing here", in the units of `values`.
+        descriptions: a name per band.
+        colormap: class value -> (r, g, b), for one band of uint8.
+    """
+    options = {"compress": "deflate", "predictor": 3 if values.dtype.kind == "f" else 2, "zlevel": 6}
+    if min(values.shape[1:]) >= 128:
+        options |= {"tiled": True, "blockxsize": 128, "blockysize": 128}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with rasterio.open(
+        temporary, "w", driver="GTiff", count=values.shape[0], height=values.shape[1], width=values.shape[2],
+        dtype=values.dtype, crs=crs, transform=Affine(*transform), nodata=nodata, **options,
+    ) as raster:  # fmt: skip
+        raster.write(values)
+        for band, name in enumerate(descriptions, 1):
+            raster.set_band_description(band, name)
+        if colormap is not None:
+            raster.write_colormap(1, dict(colormap))
+    os.replace(temporary, path)
+
+
+def to_cog(source: Path, target: Path, *, tags: Mapping[str, str] | None = None) -> None:
+    """Copy a GeoTIFF to a Cloud-Optimised GeoTIFF with overviews (nearest for classes, average otherwise).
+
+    Args:
+        source: any GeoTIFF; read only.
+        target: replaced whole.
+        tags: metadata items for the copy, such as the classes' names.
+    """
+    with rasterio.open(source) as raster:
+        classes = raster.dtypes[0] == "uint8"
+    if tags:
+        with rasterio.open(source, "r+") as raster:
+            raster.update_tags(**tags)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    rio_copy(
+        source, temporary, driver="COG", compress="deflate", blocksize=256, overviews="AUTO",
+        resampling="nearest" if classes else "average",
+    )  # fmt: skip
+    os.replace(temporary, target)
+
+
+def transform_points(
+    source: str, target: str, xs: NDArray[np.float64], ys: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Coordinates `xs`, `ys` (any one shape) of the CRS `source` in the CRS `target`; x is easting or longitude."""
+    shape = np.shape(xs)
+    out = rasterio.warp.transform(CRS.from_user_input(source), CRS.from_user_input(target), xs.ravel(), ys.ravel())
+    return np.asarray(out[0]).reshape(shape), np.asarray(out[1]).reshape(shape)
+
+
+def footprint(crs: str, corners: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """The polygon through `corners` of `crs` as a GeoJSON geometry in OGC:CRS84, cut in two at the date line."""
+    ring = [*corners, corners[0]]
+    edges: list[tuple[float, float]] = []
+    for (x0, y0), (x1, y1) in zip(ring[:-1], ring[1:], strict=True):
+        steps = np.linspace(0.0, 1.0, 5)[:-1]  # a straight edge of a projected grid is a curve in degrees
+        edges += [(x0 + t * (x1 - x0), y0 + t * (y1 - y0)) for t in steps]
+    polygon = {"type": "Polygon", "coordinates": [[*edges, edges[0]]]}
+    out = rasterio.warp.transform_geom(CRS.from_user_input(crs), "OGC:CRS84", polygon, antimeridian_cutting=True)
+    return {"type": out["type"], "coordinates": out["coordinates"]}

@@ -1,0 +1,136 @@
+"""Sample: what is learned from. A key and the tiles of one place and window, all on one grid.
+
+On disk a sample is a few consecutive members of a tar (docs/format.md): `KEY.<sensor>.<ext>` (values),
+`KEY.<sensor>.valid.<ext>`, `KEY.label.<ext>` and `KEY.json`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from types import MappingProxyType
+from typing import Any, Literal
+
+import blosc2
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT_VERSION = 1
+
+Encoding = Literal["blosc2-zstd", "blosc2-lz4", "npy"]
+
+_CODECS = {"blosc2-zstd": blosc2.Codec.ZSTD, "blosc2-lz4": blosc2.Codec.LZ4}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One modality of one window: `values` [C, H, W] in the contract's unit, `valid` bool [H, W], 0 where invalid."""
+
+    values: NDArray[Any]
+    valid: NDArray[np.bool_]
+    time: datetime | None = None
+
+    @property
+    def fraction(self) -> float:
+        """Share of valid pixels, 0 to 1."""
+        return float(self.valid.mean())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tiles of equal H x W by sensor name, an optional label uint8 [H, W], and facts about where they are from.
+
+    An absent modality is zeros with `valid` all False, never a missing name.
+    """
+
+    key: str
+    tiles: Mapping[str, Tile]
+    label: NDArray[np.uint8] | None = None
+    meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        """Refuse keys that a tar or a WebDataset reader would take apart, and tiles of unequal size."""
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,120}", self.key):
+            raise ValueError(f"sample key {self.key!r}: only letters, digits, _ and -, at most 120")
+        shapes = {tile.valid.shape for tile in self.tiles.values()}
+        shapes |= {tile.values.shape[1:] for tile in self.tiles.values()}
+        shapes |= {self.label.shape} if self.label is not None else set()
+        if len(shapes) != 1:
+            raise ValueError(f"sample {self.key}: one H x W expected, given {sorted(shapes)}")
+
+
+def encode_array(values: NDArray[Any], encoding: Encoding) -> bytes:
+    """An array as self-describing bytes: a Blosc2 b2nd frame (byte shuffle, level 1) or NumPy's .npy format 1.0."""
+    if encoding == "npy":
+        buffer = io.BytesIO()
+        np.save(buffer, np.ascontiguousarray(values), allow_pickle=False)
+        return buffer.getvalue()
+    params = {"codec": _CODECS[encoding], "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+    # One chunk per array: a sample is always decoded whole, and fewer chunks mean fewer headers.
+    array = blosc2.asarray(np.ascontiguousarray(values), chunks=values.shape, cparams=params)
+    return bytes(array.to_cframe())
+
+
+def decode_array(data: bytes, extension: str) -> NDArray[Any]:
+    """The array of a member whose name ends in `extension` (b2nd or npy).
+
+    Raises:
+        ValueError: another extension, or bytes that are not such an array.
+    """
+    if extension == "npy":
+        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+    if extension != "b2nd":
+        raise ValueError(f"a member ending in .{extension}; arrays end in .b2nd or .npy")
+    try:
+        return np.asarray(blosc2.ndarray_from_cframe(data)[:])
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"not a readable b2nd array ({len(data)} bytes): {error}") from None
+
+
+def extension(encoding: Encoding) -> str:
+    """File name extension of arrays in this encoding."""
+    return "npy" if encoding == "npy" else "b2nd"
+
+
+def encode(sample: Sample, encoding: Encoding) -> dict[str, bytes]:
+    """The members of one sample, name -> bytes, in the order in which they are written."""
+    ext = extension(encoding)
+    members: dict[str, bytes] = {}
+    for name, tile in sample.tiles.items():
+        members[f"{sample.key}.{name}.{ext}"] = encode_array(tile.values, encoding)
+        members[f"{sample.key}.{name}.valid.{ext}"] = encode_array(tile.valid, encoding)
+    if sample.label is not None:
+        members[f"{sample.key}.label.{ext}"] = encode_array(sample.label, encoding)
+    times = {name: tile.time.isoformat() for name, tile in sample.tiles.items() if tile.time is not None}
+    facts = {"format_version": FORMAT_VERSION, "key": sample.key, "times": times, **sample.meta}
+    members[f"{sample.key}.json"] = json.dumps(facts, sort_keys=True).encode()
+    return members
+
+
+def decode(members: Mapping[str, bytes], sensors: tuple[str, ...] = ()) -> Sample:
+    """The sample that `encode` made; with `sensors`, only these modalities are decoded.
+
+    Raises:
+        ValueError: no JSON member, a newer format, or a missing or unreadable array.
+    """
+    parts = {name.split(".", 1)[1]: data for name, data in members.items()}
+    if "json" not in parts:
+        raise ValueError(f"members {sorted(members)}: no .json among them, so this is not a sample of ours")
+    facts = json.loads(parts.pop("json"))
+    if facts.pop("format_version", 0) > FORMAT_VERSION:
+        raise ValueError(f"{facts['key']}: written by a newer release (this one reads version {FORMAT_VERSION})")
+    arrays = {name.rsplit(".", 1)[0]: (data, name.rsplit(".", 1)[1]) for name, data in parts.items()}
+    found = [name for name in arrays if name != "label" and not name.endswith(".valid")]
+    if missing := [name for name in sensors if name not in found]:
+        raise ValueError(f"{facts['key']}: no modality {missing}; there are {found}")
+    times = facts.pop("times", {})
+    tiles = {}
+    for name in sensors or found:
+        time = datetime.fromisoformat(times[name]) if name in times else None
+        tiles[name] = Tile(decode_array(*arrays[name]), decode_array(*arrays[f"{name}.valid"]), time)
+    label = decode_array(*arrays["label"]) if "label" in arrays else None
+    return Sample(facts.pop("key"), tiles, label, facts)

@@ -1,0 +1,144 @@
+"""The parts every stage is made of: gated 2-D selective scan, VSS block, keyed stochastic depth.
+
+Letters: B batch, H W rows and columns of tokens, C channels of the block, D = 2 C inner channels, K = 4 directions,
+N states per channel, R = ceil(C / 16) rank of the step sizes.
+
+Structure and initial values follow VMamba v0 (Liu et al. 2024, arXiv 2401.10166, and its public release), which takes
+the recurrence from Mamba (Gu and Dao 2023, arXiv 2312.00752, section 3.6 for dt and A).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.model.keyed import uniform
+from pipeline.model.precision import KeepPrecision, LayerNorm
+from pipeline.model.scan import DIRECTIONS, ss2d_scan
+
+EXPAND = 2  # inner channels per channel of the block ("ssm_ratio")
+DT_RANGE = (1e-3, 1e-1)  # step sizes after softplus at the start, log-uniform
+LINEAR_STD = 0.02
+
+
+class DropPath(nn.Module):
+    """Stochastic depth per sample (Huang et al. 2016), decided by a key instead of a global generator."""
+
+    def __init__(self, rate: float) -> None:
+        """Drop a sample's residual with probability `rate`, in [0, 1)."""
+        super().__init__()
+        self.rate = rate
+        self.layer = 0  # distinguishes the layers of one network; set by the network
+
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        """Zero the samples of x [B, ...] that (keys[b], layer) drops and scale the others by 1 / (1 - rate).
+
+        Without keys (int64 [B]) nothing is dropped.
+        """
+        if keys is None or self.rate == 0:
+            return x
+        keep = (uniform(keys, self.layer) >= self.rate).to(x.dtype) / (1 - self.rate)  # [B]
+        return x * keep.view(-1, *[1] * (x.dim() - 1))
+
+
+class StateSpace(KeepPrecision):
+    """A, D and the bias of dt of all directions: the parameters that must never leave fp32.
+
+    Steps of 1e-3 and decays near 1 are lost in half precision, and errors grow along the sequence. So `.half()`,
+    `.bfloat16()` and engines that convert a whole network leave these three as they are.
+    """
+
+    def __init__(self, channels: int, states: int) -> None:
+        """A = -(1..N) for every channel (S4D-real), D = 1, dt log-uniform in `DT_RANGE`."""
+        super().__init__()
+        low, high = (math.log(limit) for limit in DT_RANGE)
+        dt = torch.exp(torch.rand(DIRECTIONS, channels) * (high - low) + low)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus [K, D]
+        self.A_log = nn.Parameter(torch.arange(1, states + 1).float().log().repeat(DIRECTIONS, channels, 1))  # [K, D, N]
+        self.D = nn.Parameter(torch.ones(DIRECTIONS, channels))  # [K, D]
+
+
+class GatedScan(nn.Module):
+    """Projection, depthwise convolution and the four-direction scan; the gate is returned, not yet applied."""
+
+    def __init__(self, dim: int, states: int, scan: str | None) -> None:
+        """For `dim` channels and `states` states per inner channel, on the scan backend named `scan`."""
+        super().__init__()
+        inner, rank = EXPAND * dim, math.ceil(dim / 16)
+        self.split = (rank, states, states)
+        self.scan = scan
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.x_proj = nn.Parameter(torch.empty(DIRECTIONS, sum(self.split), inner))  # [K, R + 2 N, D]
+        self.dt_proj = nn.Parameter(torch.empty(DIRECTIONS, inner, rank))  # [K, D, R]
+        self.ssm = StateSpace(inner, states)
+        nn.init.trunc_normal_(self.in_proj.weight, std=LINEAR_STD)
+        nn.init.uniform_(self.x_proj, -(inner**-0.5), inner**-0.5)
+        nn.init.uniform_(self.dt_proj, -(rank**-0.5), rank**-0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, H, W, C] -> sum over directions of the scan (float32) and the gate, both [B, H, W, D]."""
+        x, z = self.in_proj(x).chunk(2, -1)  # [B, H, W, D] twice
+        x = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # [B, H, W, D]
+        parts = F.linear(x, self.x_proj.flatten(0, 1)).unflatten(-1, (DIRECTIONS, -1))  # [B, H, W, K, R + 2 N]
+        dt, B, C = parts.split(self.split, -1)  # [B, H, W, K, R], [B, H, W, K, N] twice
+        delta = torch.einsum("bhwkr,kdr->bhwkd", dt, self.dt_proj)  # [B, H, W, K, D]
+        A = -torch.exp(self.ssm.A_log)  # [K, D, N]
+        y = ss2d_scan(x, delta, A, B, C, self.ssm.D, self.ssm.dt_bias, self.scan)  # [B, H, W, D]
+        return y, F.silu(z)
+
+
+class SS2D(nn.Module):
+    """The 2-D selective scan layer: scan, normalise, gate, project."""
+
+    def __init__(self, dim: int, states: int, scan: str | None) -> None:
+        """For `dim` channels; see `GatedScan`."""
+        super().__init__()
+        self.gated = GatedScan(dim, states, scan)
+        self.norm = LayerNorm(EXPAND * dim)
+        self.out_proj = nn.Linear(EXPAND * dim, dim, bias=False)
+        nn.init.trunc_normal_(self.out_proj.weight, std=LINEAR_STD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        y, gate = self.gated(x)
+        result: Tensor = self.out_proj(self.norm(y).to(gate.dtype) * gate)
+        return result
+
+
+class MLP(nn.Sequential):
+    """Two linears with an exact GELU between them, four times as wide inside."""
+
+    def __init__(self, dim: int, ratio: int = 4) -> None:
+        """For `dim` channels."""
+        super().__init__()
+        self.fc1 = nn.Linear(dim, ratio * dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(ratio * dim, dim)
+        for linear in (self.fc1, self.fc2):
+            nn.init.trunc_normal_(linear.weight, std=LINEAR_STD)
+            nn.init.zeros_(linear.bias)
+
+
+class VSSBlock(nn.Module):
+    """x + SS2D(norm(x)), and with `mlp` also x + MLP(norm2(x)); stochastic depth on both residuals."""
+
+    def __init__(self, dim: int, states: int, drop_path: float, scan: str | None, mlp: bool = False) -> None:
+        """For `dim` channels; `drop_path` is the rate of both residuals."""
+        super().__init__()
+        self.norm = LayerNorm(dim)
+        self.ss2d = SS2D(dim, states, scan)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = LayerNorm(dim) if mlp else None
+        self.mlp = MLP(dim) if mlp else None
+        self.drop_path2 = DropPath(drop_path) if mlp else None
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """x [B, H, W, C], keys int64 [B] for stochastic depth -> [B, H, W, C]."""
+        x = x + self.drop_path(self.ss2d(self.norm(x)), keys)
+        if self.norm2 is not None and self.mlp is not None and self.drop_path2 is not None:
+            x = x + self.drop_path2(self.mlp(self.norm2(x)), keys)
+        return x

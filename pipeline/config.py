@@ -1,0 +1,184 @@
+"""What the stages can be told: one class per stage, checked when it is built. Imports no torch.
+
+The classes are read, overridden and written by `configs`; a field's description is its help on the command line.
+Two rules span several fields and live here too: how a global batch is split, and which DeepSpeed keys are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator
+from pydantic.dataclasses import dataclass
+
+from pipeline.model.config import ModelConfig
+from shards.contract import Normalisation
+
+STRICT = ConfigDict(extra="forbid")
+
+Where = dict[str, list[Any]]
+
+# DeepSpeed keys that a field of ours decides, and that field.
+OWNED = {
+    "train_batch_size": "batch.global_batch",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch",
+    "gradient_accumulation_steps": "batch.micro_batch (accumulation follows from it)",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "zero_optimization.stage": "engine.zero",
+}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CMSS:
+    """Complementary masking for self-supervised pretraining: what is hidden and how it is weighed."""
+
+    ratio: float = Field(default=0.5, gt=0, lt=1, description="share of the blocks hidden in the first modality")
+    block: int = Field(default=32, ge=4, multiple_of=4, description="side of a masking block in pixels")
+    strategy: Literal["complementary", "independent"] = Field(
+        default="complementary", description="hide in one what the other shows, or each on its own"
+    )
+    weights: dict[str, float] = Field(default_factory=dict, description="weight of a modality's loss; 1 where absent")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Optim:
+    """AdamW and its learning rate as a function of the samples seen."""
+
+    lr: float = Field(default=1e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay of the two moments")
+    weight_decay: float = Field(default=0.05, ge=0, description="decoupled decay; never on norms, biases, A and D")
+    schedule: Literal["poly", "cosine"] = Field(default="poly", description="fall to 0 after warm-up (poly: power 0.9)")
+    warmup_samples: int = Field(default=0, ge=0, description="samples over which the rate rises from 0")
+    clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 = no clipping")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BatchSize:
+    """The only rule: ranks x micro_batch x accumulation = global_batch. Accumulation is derived."""
+
+    global_batch: int = Field(default=32, ge=1, description="samples per step over all ranks")
+    micro_batch: int | None = Field(default=None, ge=1, description="samples per forward; null = no accumulation")
+
+    def split(self, ranks: int) -> tuple[int, int]:
+        """(micro_batch, accumulation) on this many ranks.
+
+        Raises:
+            ValueError: the global batch cannot be cut that way.
+        """
+        share, rest = divmod(self.global_batch, ranks)
+        micro = self.micro_batch or share
+        if rest or micro < 1 or share % micro:
+            fitting = [n for n in range(1, share + 1) if share % n == 0]
+            advice = f"write batch.micro_batch as one of {fitting}" if not rest else (
+                f"write batch.global_batch as a multiple of {ranks}, or start another number of ranks"
+            )
+            raise ValueError(
+                f"batch.global_batch={self.global_batch} cannot be split over {ranks} ranks x "
+                f"batch.micro_batch={self.micro_batch} x a whole accumulation; {advice}"
+            )
+        return micro, share // micro
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EngineConfig:
+    """How DeepSpeed holds and computes the model."""
+
+    zero: Literal[0, 1, 2, 3] = Field(default=1, description="ZeRO stage: what is partitioned over the ranks")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="of matrix products; parameters and their moments are always fp32"
+    )
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="further DeepSpeed JSON keys, as they are")
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Refuse keys that would contradict a field of ours."""
+        zero = value.get("zero_optimization", {})
+        given = set(value) | ({f"zero_optimization.{key}" for key in zero} if isinstance(zero, Mapping) else set())
+        if taken := sorted(given & set(OWNED)):
+            raise ValueError("; ".join(f"{key} is decided by {OWNED[key]}" for key in taken))
+        return value
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Training:
+    """What pretraining and finetuning have in common."""
+
+    run: str = Field(description="run folder; an unfinished run of the same config goes on")
+    data: str = Field(description="dataset: a folder that holds manifest.parquet, local or s3://")
+    sensors: tuple[str, ...] = Field(default=(), description="modalities to use; empty = all")
+    where: Where = Field(default_factory=dict, description="{column: allowed values} of the manifest")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="size and variant of MCF-Mamba")
+    optim: Optim = Field(default_factory=Optim, description="optimiser and schedule")
+    batch: BatchSize = Field(default_factory=BatchSize, description="batch sizes")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="DeepSpeed")
+    steps: int = Field(ge=1, description="optimiser steps of the whole run")
+    seed: int = Field(default=0, description="of weights, order, masks, augmentation and drop path")
+    lanes: int = Field(default=16, ge=1, description="stretches of the data read side by side")
+    checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints; the last is always saved")
+    keep: int = Field(default=3, ge=1, description="newest checkpoints that are kept")
+    normalise: Normalisation = Field(
+        default="range", description="inputs by clip range or by statistics; a start's own contract comes first"
+    )
+    augment: bool = Field(default=True, description="flips and quarter turns")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PretrainConfig(Training):
+    """`mcf pretrain`: CMSS pretraining of MCF-Mamba."""
+
+    stage: Literal["pretrain"] = "pretrain"
+    cmss: CMSS = Field(default_factory=CMSS, description="masking and loss")
+    start: str | None = Field(default=None, description="run, checkpoint or release to take parameters from")
+    pictures_every: int = Field(default=0, ge=0, description="steps between reconstruction pictures; 0 = at the end")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FinetuneConfig(Training):
+    """`mcf finetune`: segmentation with the labels of the dataset."""
+
+    stage: Literal["finetune"] = "finetune"
+    checkpoint: str | None = Field(
+        default=None, description="run, checkpoint or release to start from (its model: is used); null = from scratch"
+    )
+    fraction: float = Field(default=1.0, gt=0, le=1, description="share of the labelled samples, chosen by seed")
+    limit: int | None = Field(default=None, ge=1, description="number of labelled samples, chosen by seed")
+    val_where: Where = Field(
+        default_factory=lambda: {"split": ["val"]}, description="{column: allowed values} of the validation samples"
+    )
+    validate_every: int = Field(default=0, ge=0, description="steps between validations; 0 = none")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluateConfig:
+    """`mcf evaluate`: score a finetuned checkpoint on labelled samples."""
+
+    stage: Literal["evaluate"] = "evaluate"
+    run: str = Field(description="folder for metrics.json and confusion.csv")
+    checkpoint: str = Field(description="finetuned run, checkpoint or release")
+    data: str = Field(description="dataset: a folder that holds manifest.parquet, local or s3://")
+    sensors: tuple[str, ...] = Field(default=(), description="modalities to show the model; empty = all it knows")
+    where: Where = Field(
+        default_factory=lambda: {"split": ["test"]}, description="{column: allowed values} of the manifest"
+    )
+    micro_batch: int = Field(default=8, ge=1, description="samples per forward")
+    limit: int | None = Field(default=None, ge=1, description="number of samples, chosen by the manifest's own rule")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PredictConfig:
+    """`mcf predict`: a map of whole scenes."""
+
+    stage: Literal["predict"] = "predict"
+    checkpoint: str = Field(description="finetuned run, checkpoint or release")
+    scene: dict[str, str] = Field(description="{sensor: raster}, one or more of the sensors the model knows")
+    out: str = Field(description="the map, a Cloud-Optimised GeoTIFF")
+    window: int = Field(default=256, ge=32, multiple_of=32, description="side of a window in pixels")
+    overlap: int = Field(default=64, ge=0, description="pixels that neighbouring windows share")
+    micro_batch: int = Field(default=8, ge=1, description="windows per forward")

@@ -1,0 +1,200 @@
+"""Engine: the model, its optimiser and its share of the work under DeepSpeed. The only file that imports deepspeed.
+
+Three things are done here so that nobody else has to know them:
+
+- State leaves and enters **by parameter name, in fp32**, whatever the ZeRO stage and the number of ranks. Parameters
+  are put into the module before DeepSpeed takes it over (setting its master copy afterwards would leave the first
+  forward on stale weights). Moments do not exist before the first step, so one step is made with zero loss at learning
+  rate 0, and then they are overwritten.
+- bf16 is autocast over fp32 parameters. DeepSpeed's own `bf16` mode would cast A, D, dt and norms as well; a guard
+  refuses any parameter that is not fp32.
+- DeepSpeed would compile a shared-memory operator for CPUs at the first start; it is switched off, so that no compiler
+  is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import BatchSize, EngineConfig, Optim
+from pipeline.optim import parameter_groups
+from pipeline.ranks import Ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class State:
+    """What an engine must remember: fp32 on the CPU, by parameter name.
+
+    `moments` has the keys `NAME.exp_avg` and `NAME.exp_avg_sq`; `updates` counts the optimiser's steps (AdamW corrects
+    its bias by it).
+    """
+
+    parameters: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    updates: int
+
+
+class Engine:
+    """A module in training. Call it like the module; then `backward` per micro-batch and `step` per global batch."""
+
+    def __init__(
+        self, module: nn.Module, optim: Optim, settings: EngineConfig, batch: BatchSize, ranks: Ranks
+    ) -> None:
+        """Hand `module`, which already holds its parameters, to DeepSpeed; torch.distributed must be initialised.
+
+        Raises:
+            ValueError: the global batch cannot be split over the ranks.
+            TypeError: a parameter is not fp32 afterwards.
+        """
+        deepspeed = _import_deepspeed()
+        self.micro_batch, self.accumulation = batch.split(ranks.world)
+        self.ranks, self.zero = ranks, settings.zero
+        self.device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        optimiser = torch.optim.AdamW(
+            parameter_groups(module, optim.weight_decay), lr=optim.lr, betas=optim.betas
+        )
+        config = deepspeed_config(optim, settings, batch, ranks.world)
+        self._deepspeed = deepspeed.initialize(model=module.to(self.device), optimizer=optimiser, config=config)[0]
+        self._optimiser = optimiser
+        guard_precision(self.module)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module as DeepSpeed holds it (under ZeRO 3 its parameters are partitioned)."""
+        module: nn.Module = self._deepspeed.module
+        return module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward, in the precision of the config."""
+        output: Tensor = self._deepspeed(*args, **kwargs)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's mean loss; over ranks and accumulation the mean is taken."""
+        self._deepspeed.backward(loss)
+        if not self._deepspeed.is_gradient_accumulation_boundary():
+            self._deepspeed.step()
+
+    def step(self, lr: float) -> float:
+        """Update the parameters at learning rate `lr` after the last micro-batch; the gradient's norm before clipping.
+
+        Raises:
+            RuntimeError: fewer micro-batches than the accumulation asks for.
+        """
+        if not self._deepspeed.is_gradient_accumulation_boundary():
+            raise RuntimeError(f"step() before all {self.accumulation} micro-batches of the global batch")
+        for group in self._optimiser.param_groups:
+            group["lr"] = lr
+        norm = self._plain_norm() if self.zero == 0 else None
+        self._deepspeed.step()
+        return float(self._deepspeed.get_global_grad_norm() if norm is None else norm)
+
+    def _plain_norm(self) -> float:
+        """Norm of the gradient under ZeRO 0, which keeps none."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def gather(self) -> State | None:
+        """The whole state on rank 0, None elsewhere. Collective: every rank must call it."""
+        parameters, moments = {}, {}
+        for name, parameter in self.module.named_parameters():
+            values = self._full(parameter)
+            if self.ranks.rank == 0:
+                parameters[name] = values.pop("value")
+                moments.update({f"{name}.{kind}": value for kind, value in values.items()})
+        if self.ranks.rank:
+            return None
+        return State(parameters, moments, int(next(iter(self._optimiser.state.values()))["step"]))
+
+    def _full(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Value and moments of one parameter, fp32, on the CPU, copied."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self.zero == 0:
+            found = {"value": parameter.detach(), **{kind: self._optimiser.state[parameter][kind] for kind in MOMENTS}}
+        else:
+            found = {"value": safe_get_full_fp32_param(parameter)}
+            found |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS}
+        return {kind: value.detach().float().cpu().clone() for kind, value in found.items()}
+
+    def load(self, state: State, blank: Mapping[str, Tensor]) -> None:
+        """Take over the moments and the step count of `state`, whose parameters the module was built with. Collective.
+
+        Args:
+            state: from `gather`, on every rank.
+            blank: any input of the module, for the one step that brings the moments into being.
+
+        Raises:
+            ValueError: a moment is missing.
+        """
+        names = [f"{name}.{kind}" for name, _ in self.module.named_parameters() for kind in MOMENTS]
+        if missing := [name for name in names if name not in state.moments]:
+            raise ValueError(f"the optimiser state lacks {len(missing)} moments of this model, such as {missing[0]}")
+        for _ in range(self.accumulation):
+            self.backward(self({name: image.to(self.device) for name, image in blank.items()}).sum() * 0.0)
+        self.step(lr=0.0)
+        for name, parameter in self.module.named_parameters():
+            for kind in MOMENTS:
+                self._set(parameter, kind, state.moments[f"{name}.{kind}"].to(self.device))
+        for slot in self._optimiser.state.values():
+            slot["step"].fill_(float(state.updates))
+
+    def _set(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if self.zero == 0:
+            self._optimiser.state[parameter][kind].copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+
+
+def deepspeed_config(optim: Optim, settings: EngineConfig, batch: BatchSize, world: int) -> dict[str, Any]:
+    """DeepSpeed's JSON for these settings; the user's own keys are laid under ours."""
+    micro_batch, accumulation = batch.split(world)
+    config = {
+        "steps_per_print": 2**31,
+        **settings.deepspeed,
+        "train_batch_size": batch.global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optim.clip,
+        "zero_optimization": {**settings.deepspeed.get("zero_optimization", {}), "stage": settings.zero},
+    }
+    if settings.precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return config
+
+
+def guard_precision(module: nn.Module) -> None:
+    """Refuse a module with any parameter (A, D, the bias of dt and norms above all) that is not fp32.
+
+    Raises:
+        TypeError: names the first such parameter and its type.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise TypeError(
+                f"{name} became {parameter.dtype}: parameters must stay float32 and bf16 comes from autocast; write "
+                "engine.precision=bf16 and take the key that casts the model out of engine.deepspeed"
+            )
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, quiet, and without the operator that it would compile."""
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # torch 2.13 deprecates names that DeepSpeed 0.19 calls at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    return deepspeed

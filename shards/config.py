@@ -1,0 +1,84 @@
+"""Config of the shards stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from shards.contract import Classes
+from shards.sample import Encoding
+from shards.sensors import SENSORS
+
+STRICT = ConfigDict(extra="forbid")
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Archive:
+    """Where the scenes are and in which layout."""
+
+    name: str = Field("catalog", description="layout of the archive")
+    root: str = Field(description="folder or table of the archive")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Label:
+    """What the codes of the label rasters mean."""
+
+    names: tuple[str, ...] = Field(description="class names, in the order of their indices")
+    palette: tuple[tuple[int, int, int], ...] = Field(description="a colour per class, 0..255")
+    codes: tuple[int, ...] | None = Field(None, description="the raster's code of each class; 0, 1, 2, ... when absent")
+    ignored: tuple[int, ...] = Field((255,), description="codes that mean 'no label here'")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Any:
+        self.classes()
+        if self.codes is not None and len(self.codes) != len(self.names):
+            raise ValueError(f"{len(self.names)} names but {len(self.codes)} codes; give one per class")
+        return self
+
+    def classes(self) -> Classes:
+        """The classes as the contract writes them down."""
+        return Classes(names=self.names, palette=self.palette)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Tiling:
+    """How a place is cut into samples."""
+
+    size: int = Field(256, ge=32, description="pixels on a side")
+    stride: int | None = Field(None, ge=1, description="pixels from one tile to the next; the size when absent")
+    min_valid: Fraction = Field(0.5, description="least share of valid pixels in every modality")
+    max_days: float | None = Field(None, ge=0, description="how far apart in time scenes of one sample may be")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ShardsConfig:
+    """Scenes of an archive to shards in a store."""
+
+    stage: Literal["shards"] = "shards"
+    archive: Archive
+    out: str = Field(description="dataset folder, local or s3://BUCKET/PREFIX")
+    sensors: tuple[str, ...] = Field(min_length=1, description="modalities; the first gives the grid")
+    label: Label | None = Field(None, description="classes, when the archive is labelled")
+    tile: Tiling = Tiling()
+    encoding: Encoding = Field("blosc2-zstd", description="of arrays: blosc2-zstd, blosc2-lz4 or npy")
+    samples_per_shard: int = Field(512, ge=1, description="tiles planned per shard")
+    on_error: Literal["fail", "skip"] = Field("fail", description="what an unusable place does")
+    workers: int = Field(1, ge=1, description="processes")
+    part: str = Field("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$", description="this builder's share of the shards, as k/n")
+
+    @model_validator(mode="after")
+    def _known(self) -> Any:
+        if unknown := [name for name in self.sensors if name not in SENSORS]:
+            raise ValueError(f"unknown sensors {unknown}; known: {', '.join(SENSORS)}")
+        if len(set(self.sensors)) != len(self.sensors):
+            raise ValueError(f"sensors {self.sensors} name one twice")
+        part, parts = map(int, self.part.split("/"))
+        if part > parts:
+            raise ValueError(f"part {self.part}: k/n with k between 1 and n")
+        if self.tile.stride is not None and self.tile.stride > self.tile.size:
+            raise ValueError(f"tile.stride {self.tile.stride} leaves gaps between tiles of {self.tile.size}")
+        return self

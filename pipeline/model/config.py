@@ -1,7 +1,8 @@
-"""What defines a network apart from the data it reads. Standard library only: configs are read without torch."""
+"""What defines a network apart from its data. Standard library only: configs are read without torch."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,7 +19,8 @@ class Preset:
     drop_path: float
 
 
-# tiny, small, base: VMamba v0 (Liu et al. 2024, arXiv 2401.10166, table of configurations). nano is ours, for tests.
+# tiny, small, base: VMamba v0 (Liu et al. 2024, arXiv 2401.10166, table of configurations). nano is ours, for
+# tests.
 PRESETS: dict[str, Preset] = {
     "nano": Preset((12, 24, 48, 96), (1, 1, 2, 1), 0.0),
     "tiny": Preset((96, 192, 384, 768), (2, 2, 9, 2), 0.2),
@@ -38,8 +40,8 @@ class ModelConfig:
         dims: channels of the stages, each twice the one before and even; None: those of `size`.
         depths: blocks per stage; None: those of `size`.
         d_state: states per channel of the selective scan (N).
-        drop_path: highest rate of stochastic depth in the encoders, in [0, 1); None: that of `size`. The decoder uses
-            the same, but at most 0.1.
+        drop_path: highest rate of stochastic depth in the encoders, in [0, 1); None: that of `size`. The
+            decoder uses the same, but at most 0.1.
 
     Raises:
         ValueError: an unknown name or a number out of range; the message names the field.
@@ -55,6 +57,7 @@ class ModelConfig:
     drop_path: float | None = None
 
     def __post_init__(self) -> None:
+        """Refuse what no network can be built from."""
         if self.size not in PRESETS:
             raise ValueError(f"size: {self.size!r} is not one of {', '.join(PRESETS)}")
         if self.profile not in ("paper", "default"):
@@ -68,10 +71,12 @@ class ModelConfig:
     def _check_stages(self) -> None:
         dims, depths = self.stage_dims, self.stage_depths
         if len(dims) != len(depths):
-            raise ValueError(f"depths: {len(depths)} stages, but dims has {len(dims)}; give one number per stage")
+            raise ValueError(
+                f"depths: {len(depths)} stages, but dims has {len(dims)}; give one number per stage"
+            )
         if len(dims) < 2:
             raise ValueError(f"dims: {list(dims)} is {len(dims)} stage; the decoder needs at least 2")
-        if dims[0] < 2 or any(wide != 2 * narrow for narrow, wide in zip(dims, dims[1:], strict=False)):
+        if dims[0] < 2 or any(wide != 2 * narrow for narrow, wide in itertools.pairwise(dims)):
             raise ValueError(f"dims: {list(dims)}; each stage must have twice the channels of the one before")
         if min(depths) < 1:
             raise ValueError(f"depths: {list(depths)}; every stage needs at least 1 block")

@@ -2,9 +2,9 @@
 
 Letters: K = 4 directions, D inner channels, N states.
 
-A published MCF-Mamba has two branches, here the modalities `m1` and `m2`. Its fusion keeps the weights of 8 directions
-in one tensor, in the order m1 rows, m2 rows, m1 columns, m2 columns and the same four reversed; each modality of ours
-holds every second of them. A_logs and Ds have directions and channels on one axis.
+A published MCF-Mamba has two branches, here the modalities `m1` and `m2`. Its fusion keeps the weights of 8
+directions in one tensor, in the order m1 rows, m2 rows, m1 columns, m2 columns and the same four reversed;
+each modality of ours holds every second of them. A_logs and Ds have directions and channels on one axis.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 MODALITIES = ("m1", "m2")
@@ -50,12 +51,14 @@ _DECODER = {
     r"layers_up\.(\d+)\.cat_conv": r"levels.\1.merge",
     r"upsample\.(expand|norm)": r"expand.\1",
 }
-_SHARED = re.compile(r"backbone\.fusion_module\.fusion_layers\.(\d+)\.(x_proj_weight|dt_projs_weight|dt_projs_bias|A_logs|Ds)")
+_SHARED = re.compile(
+    r"backbone\.fusion_module\.fusion_layers\.(\d+)\.(x_proj_weight|dt_projs_weight|dt_projs_bias|A_logs|Ds)"
+)
 
 
 def _rename(name: str, table: Mapping[str, str]) -> str | None:
     """The new name of a module or parameter by the first pattern that fits all of it, or None."""
-    stem, suffix = (name.rsplit(".", 1) + [""])[:2] if name.endswith((".weight", ".bias")) else (name, "")
+    stem, suffix = name.rsplit(".", 1) if name.endswith((".weight", ".bias")) else (name, "")
     for pattern, template in table.items():
         match = re.fullmatch(pattern, stem)
         if match:
@@ -76,7 +79,7 @@ def encoder_name(name: str) -> str | None:
 
 
 def mcf_mamba_name(name: str) -> str | None:
-    """Our name of a published MCF-Mamba's parameter; None if there is none, also for those that two of ours share."""
+    """Our name of a published MCF-Mamba's parameter; None if there is none or if two of ours share it."""
     if match := re.fullmatch(r"backbone\.branch_(m[12])\.(.*)", name):
         inner, prefix = encoder_name(match[2]), f"encoders.{match[1]}"
     elif match := re.fullmatch(r"backbone\.fusion_module\.fusion_layers\.(\d+)\.(.*)", name):
@@ -92,7 +95,7 @@ def mcf_mamba_name(name: str) -> str | None:
 
 def _per_direction(name: str, tensor: Tensor, directions: int) -> Tensor:
     """A_logs [K D, N] and Ds [K D] with the directions on an axis of their own; others unchanged."""
-    return tensor.unflatten(0, (directions, -1)) if name.endswith(("A_logs", "Ds")) else tensor
+    return torch.unflatten(tensor, 0, (directions, -1)) if name.endswith(("A_logs", "Ds")) else tensor
 
 
 def from_mcf_mamba(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

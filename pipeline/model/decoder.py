@@ -50,8 +50,10 @@ class Level(nn.Module):
         nn.init.zeros_(self.merge.bias)
 
     def forward(self, x: Tensor, skip: Tensor, keys: Tensor | None) -> Tensor:
-        """x [B, ceil(h / 2), ceil(w / 2), 2 C], skip [B, h, w, C] -> [B, h, w, C]."""
-        x = self.expand(x)[:, : skip.shape[1], : skip.shape[2]]  # an odd skip was padded before it was merged
+        """Bring x [B, ceil(h / 2), ceil(w / 2), 2 C] to the size of the skip [B, h, w, C] -> [B, h, w, C]."""
+        x = self.expand(x)[
+            :, : skip.shape[1], : skip.shape[2]
+        ]  # odd sizes were padded before they were merged
         for block in self.blocks:
             x = block(x, keys)
         merged: Tensor = self.merge(torch.cat([x, skip], -1))
@@ -65,10 +67,11 @@ class Decoder(nn.Module):
         """For the stages of `config`; stochastic depth grows from the deepest level to the finest."""
         super().__init__()
         dims = config.stage_dims[-2::-1]  # from the second coarsest to the finest
-        # The published ramp is laid over BLOCKS per stage, but the coarsest stage has no level: its end is never used.
-        rates = torch.linspace(0, config.decoder_drop_path, BLOCKS * len(config.stage_dims)).split(BLOCKS)
+        # The published ramp is laid over BLOCKS per stage, but the coarsest stage has no level: its end is
+        # never used.
+        ramp = torch.linspace(0, config.decoder_drop_path, BLOCKS * len(config.stage_dims)).view(-1, BLOCKS)
         self.levels = nn.ModuleList(
-            Level(dim, config.d_state, rate.tolist(), scan) for dim, rate in zip(dims, rates, strict=False)
+            Level(dim, config.d_state, rates, scan) for dim, rates in zip(dims, ramp.tolist(), strict=False)
         )
         self.expand = PatchExpand(dims[-1], PATCH, dims[-1])
 

@@ -26,7 +26,7 @@ class PatchEmbed(nn.Module):
         self.norm = LayerNorm(dim)
 
     def forward(self, image: Tensor, hidden: Tensor | None) -> Tensor:
-        """Image [B, M, H, W] of any size (padded with zeros to whole patches), hidden bool [B, h, w] -> [B, h, w, C].
+        """Image [B, M, H, W], padded with zeros to whole patches, and hidden bool [B, h, w] -> [B, h, w, C].
 
         Hiding comes after the norm, so that a hidden token carries nothing of its patch (CMSS, section 3).
         """
@@ -65,7 +65,7 @@ class Stage(nn.Module):
         self.downsample = None if last else PatchMerging(dim)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[B, h, w, C] -> output of the stage [B, h, w, C], input of the next [B, ceil(h / 2), ceil(w / 2), 2 C]."""
+        """[B, h, w, C] -> output of the stage [B, h, w, C] and, unless it is the last, input of the next."""
         for block in self.blocks:
             x = block(x, keys)
         return self.out_norm(x), x if self.downsample is None else self.downsample(x)
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         """For images of `bands` bands."""
         super().__init__()
         dims, depths = config.stage_dims, config.stage_depths
-        rates = torch.linspace(0, config.encoder_drop_path, sum(depths)).split(list(depths))
+        rates = torch.split_with_sizes(torch.linspace(0, config.encoder_drop_path, sum(depths)), depths)
         self.patch_embed = PatchEmbed(bands, dims[0])
         self.stages = nn.ModuleList(
             Stage(dim, config.d_state, rate.tolist(), scan, last=dim == dims[-1])
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, image: Tensor, hidden: Tensor | None, keys: Tensor | None) -> list[Tensor]:
-        """Image [B, M, H, W], hidden bool [B, ceil(H / 4), ceil(W / 4)] -> per stage [B, h, w, C], finest first."""
+        """Image [B, M, H, W], hidden bool [B, h, w] of the finest -> maps [B, h, w, C], finest first."""
         x = self.patch_embed(image, hidden)
         maps = []
         for stage in self.stages:

@@ -2,8 +2,8 @@
 
 Letters: B batch, h w tokens, C channels of the stage, D = 2 C inner channels, M modalities.
 
-The paper scans the modalities of one pixel grid in 4 M directions and adds all results. No scan ever crosses from one
-modality to another, so this is exactly one four-direction scan per modality (`GatedScan`), added up.
+The paper scans the modalities of one pixel grid in 4 M directions and adds all results. No scan ever crosses
+from one modality to another, so this is exactly one four-direction scan per modality (`GatedScan`), added up.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class Branch(nn.Module):
 class Mix(nn.Module):
     """From one gated map per modality to one map: grouped 3x3, depthwise 3x3, 1x1 convolution.
 
-    Each of the D groups of the first convolution sees M of the M D channels. The published code lines the modalities
-    up one behind the other, [m1 | m2], so that a group sees two neighbouring channels of one modality and nothing is
-    mixed. The default profile interleaves them: group d sees channel d of every modality, as the paper's figure draws.
+    Each of the D groups of the first convolution sees M of the M D channels. The published code lines the
+    modalities up one behind the other, [m1 | m2], so that a group sees two neighbouring channels of one
+    modality and nothing is mixed. The default profile interleaves them: group d sees channel d of every
+    modality, as the paper's figure draws.
     """
 
     def __init__(self, dim: int, modalities: int, profile: Profile) -> None:
@@ -56,7 +57,8 @@ class Mix(nn.Module):
         x = torch.stack(maps, -1).flatten(-2) if self.interleave else torch.cat(maps, -1)  # [B, h, w, M D]
         x = F.silu(self.grouped(x.permute(0, 3, 1, 2)))  # [B, D, h, w]
         x = self.project(F.silu(self.depthwise(x)))  # [B, C, h, w]
-        return x.permute(0, 2, 3, 1)
+        fused: Tensor = x.permute(0, 2, 3, 1)
+        return fused
 
 
 class Fusion(nn.Module):
@@ -74,4 +76,4 @@ class Fusion(nn.Module):
         scanned, gates = zip(*(branch(maps[name]) for name, branch in self.branches.items()), strict=True)
         y = self.norm(sum(scanned[1:], scanned[0]))  # [B, h, w, D]
         fused: Tensor = self.mix([y.to(gate.dtype) * gate for gate in gates])
-        return fused + sum(maps[name] for name in self.branches)
+        return torch.stack([fused, *(maps[name] for name in self.branches)]).sum(0)  # [B, h, w, C]

@@ -1,8 +1,9 @@
 """Randomness as a function of integers: the same key gives the same bits on every device, rank and resume.
 
-A key is a sequence of 64-bit words, by convention (seed, position of the sample, use, ...). The hash is a chain of
-splitmix64 finalisers (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), all arithmetic
-modulo 2^64. torch has no logical shift for int64, so the sign bits that an arithmetic shift brings in are masked off.
+A key is a sequence of 64-bit words, by convention (seed, position of the sample, use, ...). The hash is a
+chain of splitmix64 finalisers (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"),
+all arithmetic modulo 2^64. torch has no logical shift for int64, so the sign bits that an arithmetic shift
+brings in are masked off.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def hash64(*words: Tensor | int) -> Tensor:
-    """Hash of the words in their order, int64 (all 64 bits random), of the shape to which the words broadcast.
+    """Hash of the words in their order: int64, all bits random, of the shape to which the words broadcast.
 
     Args:
         words: int64 tensors or Python ints (taken modulo 2^64); at least one.

@@ -2,7 +2,8 @@
 
 Letters: B batch, H W pixels, h = ceil(H / 4) and w = ceil(W / 4) tokens, M bands of a modality, C channels.
 
-Paper: Liu et al. 2025, "MCF-Mamba", International Journal of Applied Earth Observation and Geoinformation 145:104960.
+Paper: Liu et al. 2025, "MCF-Mamba", International Journal of Applied Earth Observation and Geoinformation
+145:104960.
 """
 
 from __future__ import annotations
@@ -24,30 +25,40 @@ from pipeline.model.ss2d import DropPath, StateSpace
 class MCFMamba(nn.Module):
     """Semantic segmentation or reconstruction from one to N co-registered modalities."""
 
-    def __init__(self, config: ModelConfig, channels: Mapping[str, int], outputs: int, scan: str | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, channels: Mapping[str, int], outputs: int, scan: str | None = None
+    ) -> None:
         """Build the network with fresh weights, drawn from torch's global generator.
 
         Args:
             config: structure.
             channels: bands of each modality by its name; the order of the modalities is part of the model.
             outputs: output channels: classes, or the sum of all bands for reconstruction.
-            scan: scan backend by name (`pipeline.model.scan.BACKENDS`); None chooses the fastest that works here.
+            scan: scan backend by name (`pipeline.model.scan.BACKENDS`); None chooses the fastest that works
+                here.
 
         Raises:
             ValueError: no modality, no band, no output, or an unknown backend.
         """
         super().__init__()
         if not channels or min(channels.values()) < 1 or outputs < 1:
-            raise ValueError(f"at least one modality, band and output is needed; got {dict(channels)} -> {outputs}")
+            raise ValueError(
+                f"at least one modality, band and output is needed; got {dict(channels)} -> {outputs}"
+            )
         self.config, self.channels, self.outputs = config, dict(channels), outputs
         self.scan_backend = resolve(scan)
-        self.encoders = nn.ModuleDict({name: Encoder(config, n, self.scan_backend) for name, n in channels.items()})
+        self.encoders = nn.ModuleDict(
+            {name: Encoder(config, n, self.scan_backend) for name, n in channels.items()}
+        )
         self.fusion = nn.ModuleList(
-            Fusion(dim, config.d_state, list(channels), config.profile, self.scan_backend) for dim in config.stage_dims
+            Fusion(dim, config.d_state, list(channels), config.profile, self.scan_backend)
+            for dim in config.stage_dims
         )
         self.decoder = Decoder(config, self.scan_backend)
         self.head = nn.Conv2d(config.stage_dims[0], outputs, 1, bias=False)
-        for layer, drop_path in enumerate(module for module in self.modules() if isinstance(module, DropPath)):
+        for layer, drop_path in enumerate(
+            module for module in self.modules() if isinstance(module, DropPath)
+        ):
             drop_path.layer = layer
 
     @classmethod
@@ -58,21 +69,26 @@ class MCFMamba(nn.Module):
         return from_pretrained(folder, scan)
 
     def forward(
-        self, images: Mapping[str, Tensor], hidden: Mapping[str, Tensor] | None = None, keys: Tensor | None = None
+        self,
+        images: Mapping[str, Tensor],
+        hidden: Mapping[str, Tensor] | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         """Map images of any size to `outputs` values per pixel.
 
         Args:
-            images: normalised float [B, M, H, W] by modality, invalid pixels 0. A modality that is left out counts as
-                wholly hidden.
-            hidden: bool [B, h, w] by modality, True where a token is to be hidden; nothing is where a name is missing.
+            images: normalised float [B, M, H, W] by modality, invalid pixels 0. A modality that is left out
+                counts as wholly hidden.
+            hidden: bool [B, h, w] by modality, True where a token is to be hidden; nothing is where a name is
+                missing.
             keys: int64 [B], one random key per sample, for stochastic depth; None switches it off.
 
         Returns:
             [B, outputs, H, W].
 
         Raises:
-            ValueError: unknown modality, none at all, wrong number of bands, differing sizes, below one patch; with
+            ValueError: unknown modality, none at all, wrong number of bands, differing sizes, below one
+            patch; with
                 `torch.autograd.set_detect_anomaly(True)` also values that are not finite.
             TypeError: images that are not floating point, masks that are not bool.
         """
@@ -91,14 +107,20 @@ class MCFMamba(nn.Module):
         return outputs
 
     def _input(
-        self, name: str, images: Mapping[str, Tensor], hidden: Mapping[str, Tensor], size: tuple[int, int, int]
+        self,
+        name: str,
+        images: Mapping[str, Tensor],
+        hidden: Mapping[str, Tensor],
+        size: tuple[int, int, int],
     ) -> tuple[Tensor, Tensor | None]:
         """Image [B, M, H, W] and mask [B, h, w] of one modality; zeros, all hidden, if it is absent."""
         if name in images:
             return images[name], hidden.get(name)
         batch, height, width = size
         present = next(iter(images.values()))
-        mask = torch.ones(batch, -(-height // PATCH), -(-width // PATCH), dtype=torch.bool, device=present.device)
+        mask = torch.ones(
+            batch, -(-height // PATCH), -(-width // PATCH), dtype=torch.bool, device=present.device
+        )
         return present.new_zeros(batch, self.channels[name], height, width), mask
 
     def _check(self, images: Mapping[str, Tensor], hidden: Mapping[str, Tensor]) -> tuple[int, int, int]:
@@ -114,13 +136,17 @@ class MCFMamba(nn.Module):
             _check_image(name, image, self.channels[name], first.shape)
         batch, _, height, width = first.shape
         if min(height, width) < PATCH:
-            raise ValueError(f"images are {height} x {width} pixels; at least one patch of {PATCH} x {PATCH} is needed")
+            raise ValueError(
+                f"images are {height} x {width} pixels; at least one patch of {PATCH} x {PATCH} is needed"
+            )
         tokens = (batch, -(-height // PATCH), -(-width // PATCH))
         for name, mask in hidden.items():
             if mask.dtype != torch.bool:
                 raise TypeError(f"hidden[{name!r}] is {mask.dtype}; a bool tensor, True = hidden, is needed")
             if tuple(mask.shape) != tokens:
-                raise ValueError(f"hidden[{name!r}] is {tuple(mask.shape)}; these images have {tokens} tokens")
+                raise ValueError(
+                    f"hidden[{name!r}] is {tuple(mask.shape)}; these images have {tokens} tokens"
+                )
         return batch, height, width
 
     def no_weight_decay(self) -> set[str]:
@@ -130,12 +156,15 @@ class MCFMamba(nn.Module):
         """
         if self.config.profile == "paper":
             return set()
-        return {name for name, parameter in self.named_parameters() if parameter.dim() == 1} | set(self._state_space())
+        return {name for name, parameter in self.named_parameters() if parameter.dim() == 1} | set(
+            self._state_space()
+        )
 
     def precision(self) -> dict[str, torch.dtype]:
         """Data types of A_log, D, the bias of dt and the norms by parameter name.
 
-        All must be float32 (or float64) whatever an engine does to the others: check it after the engine is built.
+        All must be float32 (or float64) whatever an engine does to the others: check it after the engine is
+        built.
         """
         norms = [name for name, module in self.named_modules() if isinstance(module, nn.LayerNorm)]
         names = {f"{norm}.{kind}" for norm in norms for kind in ("weight", "bias")} | set(self._state_space())
@@ -152,6 +181,8 @@ def _check_image(name: str, image: Tensor, channels: int, first: torch.Size) -> 
     if image.dim() != 4 or image.shape[1] != channels:
         raise ValueError(f"images[{name!r}] is {tuple(image.shape)}; [B, {channels}, H, W] is needed")
     if image.shape[0] != first[0] or image.shape[2:] != first[2:]:
-        raise ValueError(f"images[{name!r}] is {tuple(image.shape)}, another image {tuple(first)}: B, H, W must agree")
+        raise ValueError(
+            f"images[{name!r}] is {tuple(image.shape)}, another image {tuple(first)}: B, H, W must agree"
+        )
     if torch.is_anomaly_enabled() and not bool(torch.isfinite(image).all()):
         raise ValueError(f"images[{name!r}] has values that are not finite; set invalid pixels to 0")

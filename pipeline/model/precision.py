@@ -23,14 +23,15 @@ class KeepPrecision(nn.Module):
             result = fn(tensor)
             return tensor.to(result.device) if result.dtype in HALF else result
 
-        return super()._apply(keep, recurse)
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class LayerNorm(KeepPrecision, nn.LayerNorm):
     """LayerNorm over the last axis, computed in at least fp32, eps 1e-5.
 
-    Under autocast the result stays in that precision, so that the residual stream does; elsewhere it has the dtype of
-    the input.
+    Under autocast the result stays in that precision, so that the residual stream does; elsewhere it has the
+    dtype of the input.
     """
 
     def forward(self, x: Tensor) -> Tensor:

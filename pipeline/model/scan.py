@@ -1,10 +1,10 @@
-"""The 2-D selective scan: one signature, several implementations, and the one place that chooses between them.
+"""The 2-D selective scan: one signature, several implementations, and the one place that chooses.
 
 Letters: B batch, H W rows and columns, L = H W, K = 4 directions, D channels, N states per channel.
 
-For every direction k the pixels form a sequence l = 1..L: k = 0 row by row, k = 1 column by column, k = 2 and k = 3
-the same two from the end to the beginning. Along it every channel runs a diagonal linear recurrence whose step,
-input and readout depend on the data (S6, Gu and Dao 2023, arXiv 2312.00752, algorithm 2):
+For every direction k the pixels form a sequence l = 1..L: k = 0 row by row, k = 1 column by column, k = 2 and
+k = 3 the same two from the end to the beginning. Along it every channel runs a diagonal linear recurrence
+whose step, input and readout depend on the data (S6, Gu and Dao 2023, arXiv 2312.00752, algorithm 2):
 
     dt_l = softplus(delta_l + delta_bias)
     h_l  = exp(dt_l A) h_{l-1} + dt_l B_l x_l,   h_0 = 0      [N] per channel
@@ -12,9 +12,10 @@ input and readout depend on the data (S6, Gu and Dao 2023, arXiv 2312.00752, alg
 
 and the sum of the four y at each pixel is returned (cross-scan and cross-merge of VMamba, arXiv 2401.10166).
 
-Everything is in pixel order and channel last: a direction only changes the order in which an implementation walks
-over the pixels, so that nothing is stacked, flipped or merged outside, and one matrix product makes delta, B and C
-of all directions. The state is float32 (float64 for float64 inputs) whatever the inputs are, also under autocast.
+Everything is in pixel order and channel last: a direction only changes the order in which an implementation
+walks over the pixels, so that nothing is stacked, flipped or merged outside, and one matrix product makes
+delta, B and C of all directions. The state is float32 (float64 for float64 inputs) whatever the inputs are,
+also under autocast.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from torch import Tensor
 DIRECTIONS = 4
 ScanFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
-# Module of each backend; it holds `scan(x, delta, A, B, C, D, delta_bias)` and, if it may be missing, `available()`.
+# Module of each backend; it holds `scan(x, delta, A, B, C, D, delta_bias)` and, if it may be missing,
+# `available()`.
 BACKENDS = {
     "reference": "pipeline.model.scan_reference",
     "torch": "pipeline.model.scan_torch",
@@ -49,7 +51,14 @@ def resolve(backend: str | None) -> str:
 
 
 def ss2d_scan(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, backend: str | None = None
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    backend: str | None = None,
 ) -> Tensor:
     """Run the whole 2-D selective scan.
 
@@ -64,7 +73,8 @@ def ss2d_scan(
         backend: a key of `BACKENDS`; None chooses.
 
     Returns:
-        y [B, H, W, D], float32, or float64 if x is float64. NaN and inf spread as the recurrence spreads them.
+        y [B, H, W, D], float32, or float64 if x is float64. NaN and inf spread as the recurrence spreads
+        them.
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
@@ -76,7 +86,9 @@ def ss2d_scan(
         return function(*(tensor.to(dtype) for tensor in (x, delta, A, B, C, D, delta_bias)))
 
 
-def _check_shapes(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor) -> None:
+def _check_shapes(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor
+) -> None:
     if x.dim() != 4 or A.dim() != 3 or A.shape[0] != DIRECTIONS:
         raise ValueError(f"x must be [B, H, W, D] and A [4, D, N]; got {tuple(x.shape)} and {tuple(A.shape)}")
     pixels, channels, states = tuple(x.shape[:3]), x.shape[3], A.shape[2]
@@ -88,6 +100,8 @@ def _check_shapes(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: 
         "D": (D, (DIRECTIONS, channels)),
         "delta_bias": (delta_bias, (DIRECTIONS, channels)),
     }
-    wrong = [f"{name} {tuple(t.shape)}, not {shape}" for name, (t, shape) in expected.items() if t.shape != shape]
+    wrong = [
+        f"{name} {tuple(t.shape)}, not {shape}" for name, (t, shape) in expected.items() if t.shape != shape
+    ]
     if wrong:
         raise ValueError(f"for x {tuple(x.shape)} these shapes do not fit: {'; '.join(wrong)}")

@@ -1,4 +1,4 @@
-"""The specification of the scan: a plain loop over pixels, differentiated by autograd. Slow, and float64 capable.
+"""The specification of the scan: a plain loop over pixels, differentiated by autograd, in any precision.
 
 Letters: B batch, H W rows and columns, L = H W, K = 4 directions, D channels, N states per channel.
 """
@@ -30,11 +30,12 @@ def scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, d
 
 
 def _sequence(x: Tensor, step: Tensor, B: Tensor, C: Tensor, A: Tensor) -> Tensor:
-    """One direction: x, step [B, L, D] and B, C [B, L, N] in the order of the walk, A [D, N] -> C . h [B, L, D]."""
+    """One walk: x, step [B, L, D], B, C [B, L, N] in its order and A [D, N] -> C . h [B, L, D]."""
     state = x.new_zeros(x.shape[0], *A.shape)  # [B, D, N]
     outputs = []
-    # unbind, not indexing: its backward is one stack, while every index would make a gradient of the full length
+    # unbind, not indexing: its backward is one stack, while every index would make a full-size gradient
     for x_l, step_l, B_l, C_l in zip(x.unbind(1), step.unbind(1), B.unbind(1), C.unbind(1), strict=True):
-        state = torch.exp(step_l[..., None] * A) * state + (step_l * x_l)[..., None] * B_l[:, None]  # [B, D, N]
+        drive = (step_l * x_l)[..., None] * B_l[:, None]  # [B, D, N]
+        state = torch.exp(step_l[..., None] * A) * state + drive
         outputs.append((state * C_l[:, None]).sum(-1))  # [B, D]
     return torch.stack(outputs, 1)  # [B, L, D]

@@ -2,10 +2,11 @@
 
 Letters: B batch, H W rows and columns, L = H W, K = 4 directions, D channels, N states, T steps in a chunk.
 
-A loop over single steps that also computes decay, input and readout step by step is bound by Python and by memory.
-Here only the recurrence itself, one fused multiply-add a step, is such a loop; everything else is done for a chunk of
-T steps at once, small enough to stay in the cache. The forward pass keeps the state at the start of every chunk;
-the backward pass computes the chunk's states again from it and runs the adjoint recurrence
+A loop over single steps that also computes decay, input and readout step by step is bound by Python and by
+memory. Here only the recurrence itself, one fused multiply-add a step, is such a loop; everything else is
+done for a chunk of T steps at once, small enough to stay in the cache. The forward pass keeps the state at
+the start of every chunk; the backward pass computes the chunk's states again from it and runs the adjoint
+recurrence
 
     g_l = C_l dy_l + a_{l+1} g_{l+1},   a_l = exp(dt_l A)
 
@@ -14,8 +15,8 @@ from the end to the beginning. All gradients are sums over g (with w_l = g_l a_l
     dC_l = sum_D dy_l h_l    dB_l = sum_D dt_l x_l g_l    dx_l = dt_l sum_N g_l B_l + D dy_l
     ddt_l = x_l sum_N g_l B_l + sum_N w_l A               dA = sum_L w_l dt_l
 
-Two choices make it fast: states have the channels innermost ([N, D], long vectors for every operation), and powers
-are taken of two (exp2 with A log2 e), which torch computes about three times faster than exp.
+Two choices make it fast: states have the channels innermost ([N, D], long vectors for every operation), and
+powers are taken of two (exp2 with A log2 e), which torch computes about three times faster than exp.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from torch.autograd.function import once_differentiable
 from pipeline.model.scan_reference import paths
 
 CHUNK = 16  # steps computed at once; the kept states are 1/CHUNK of all states
-STEP = 1 << 15  # numbers in one step of the recurrence above which the batch is taken in parts, to stay in the cache
+STEP = (
+    1 << 15
+)  # numbers in one step of the recurrence above which the batch is taken in parts, to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Walk:
 
     def back(self, walked: Tensor) -> Tensor:
         """Inverse of `forth` for one value per direction: [B, L, K, F] -> [B, H, W, K, F]."""
-        batch, length, directions, features = walked.shape
-        when = paths(self.height, self.width, self.device).argsort(1)  # step at which a pixel is visited [K, L]
+        batch, _, directions, features = walked.shape
+        when = paths(self.height, self.width, self.device).argsort(1)  # step of each pixel [K, L]
         source = when * directions + torch.arange(directions, device=self.device)[:, None]
         pixels = walked.view(batch, -1, features).index_select(1, source.t().reshape(-1))
         return pixels.view(batch, self.height, self.width, directions, features)
@@ -81,7 +84,7 @@ class _Scan(torch.autograd.Function):
         return y.sum(3)  # [B, H, W, D]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         x, delta, A, B, C, D, delta_bias, *kept = ctx.saved_tensors
         walk = Walk(x.shape[1], x.shape[2], x.device)
@@ -121,7 +124,9 @@ def _forward(u: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, y: Tensor
     chunks = _chunks(u.shape[0])
     drive = step * u  # [L, B, K, D]
     kept = u.new_zeros(len(chunks), *u.shape[1:3], *power.shape[1:])
-    decay, states = (u.new_empty(min(CHUNK, u.shape[0]), *kept.shape[1:]) for _ in range(2))  # [T, B, K, N, D]
+    decay, states = (
+        u.new_empty(min(CHUNK, u.shape[0]), *kept.shape[1:]) for _ in range(2)
+    )  # [T, B, K, N, D]
     for index, (start, end) in enumerate(chunks):
         steps = end - start
         _decay(step[start:end, :, :, None], power, decay[:steps])
@@ -136,7 +141,7 @@ def _forward(u: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, y: Tensor
 
 
 def _backward(inputs: tuple[Tensor, ...], kept: Tensor, grads: tuple[Tensor, ...]) -> None:
-    """Fill the gradients du, dstep [B, L, K, D], dB, dC [B, L, K, N] and add to dA [K, D, N], chunk by chunk."""
+    """Fill du, dstep [B, L, K, D], dB, dC [B, L, K, N] and add to dA [K, D, N], chunk by chunk."""
     u, step, A, B, C, dy = inputs
     A = A.transpose(1, 2)  # [K, N, D]
     u, step, B, C, dy = (tensor.transpose(0, 1) for tensor in (u, step, B, C, dy))  # [L, B, K, .]
@@ -145,7 +150,7 @@ def _backward(inputs: tuple[Tensor, ...], kept: Tensor, grads: tuple[Tensor, ...
     power, drive = A * math.log2(math.e), step * u
     size = (min(CHUNK, u.shape[0]), *kept.shape[1:])
     decay, adjoint, work = (u.new_empty(size) for _ in range(3))  # [T, B, K, N, D]
-    states = u.new_empty(size[0] + 1, *size[1:])  # [T + 1, B, K, N, D], the first is the state before the chunk
+    states = u.new_empty(size[0] + 1, *size[1:])  # [T + 1, B, K, N, D], the first is the state before
     carry, dA_sum = torch.zeros_like(kept[0]), torch.zeros_like(A)
     for (start, end), before in zip(reversed(_chunks(u.shape[0])), reversed(kept.unbind(0)), strict=True):
         span, steps = slice(start, end), end - start
@@ -166,7 +171,7 @@ def _backward(inputs: tuple[Tensor, ...], kept: Tensor, grads: tuple[Tensor, ...
 
 
 def _recompute(before: Tensor, decay: Tensor, drive: Tensor, states: Tensor) -> None:
-    """Turn dt B x, lying in states[1:], into the states after each step; states[0] becomes the state before."""
+    """Turn dt B x, lying in states[1:], into the states after each step; states[0] is the one before."""
     state = states[0].copy_(before)
     for decay_l, state_l in zip(decay.unbind(0), drive.unbind(0), strict=True):
         state = state_l.addcmul_(decay_l, state)

@@ -1,10 +1,10 @@
 """The parts every stage is made of: gated 2-D selective scan, VSS block, keyed stochastic depth.
 
-Letters: B batch, H W rows and columns of tokens, C channels of the block, D = 2 C inner channels, K = 4 directions,
-N states per channel, R = ceil(C / 16) rank of the step sizes.
+Letters: B batch, H W rows and columns of tokens, C channels of the block, D = 2 C inner channels, K = 4
+directions, N states per channel, R = ceil(C / 16) rank of the step sizes.
 
-Structure and initial values follow VMamba v0 (Liu et al. 2024, arXiv 2401.10166, and its public release), which takes
-the recurrence from Mamba (Gu and Dao 2023, arXiv 2312.00752, section 3.6 for dt and A).
+Structure and initial values follow VMamba v0 (Liu et al. 2024, arXiv 2401.10166, and its public release),
+which takes the recurrence from Mamba (Gu and Dao 2023, arXiv 2312.00752, section 3.6 for dt and A).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class DropPath(nn.Module):
 class StateSpace(KeepPrecision):
     """A, D and the bias of dt of all directions: the parameters that must never leave fp32.
 
-    Steps of 1e-3 and decays near 1 are lost in half precision, and errors grow along the sequence. So `.half()`,
-    `.bfloat16()` and engines that convert a whole network leave these three as they are.
+    Steps of 1e-3 and decays near 1 are lost in half precision, and errors grow along the sequence. So
+    `.half()`, `.bfloat16()` and engines that convert a whole network leave these three as they are.
     """
 
     def __init__(self, channels: int, states: int) -> None:
@@ -57,12 +57,13 @@ class StateSpace(KeepPrecision):
         low, high = (math.log(limit) for limit in DT_RANGE)
         dt = torch.exp(torch.rand(DIRECTIONS, channels) * (high - low) + low)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus [K, D]
-        self.A_log = nn.Parameter(torch.arange(1, states + 1).float().log().repeat(DIRECTIONS, channels, 1))  # [K, D, N]
+        rates = torch.arange(1, states + 1).float().repeat(DIRECTIONS, channels, 1)
+        self.A_log = nn.Parameter(rates.log())  # [K, D, N]
         self.D = nn.Parameter(torch.ones(DIRECTIONS, channels))  # [K, D]
 
 
 class GatedScan(nn.Module):
-    """Projection, depthwise convolution and the four-direction scan; the gate is returned, not yet applied."""
+    """Projection, depthwise convolution and the four-direction scan; the gate is not yet applied."""
 
     def __init__(self, dim: int, states: int, scan: str | None) -> None:
         """For `dim` channels and `states` states per inner channel, on the scan backend named `scan`."""
@@ -80,11 +81,12 @@ class GatedScan(nn.Module):
         nn.init.uniform_(self.dt_proj, -(rank**-0.5), rank**-0.5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, H, W, C] -> sum over directions of the scan (float32) and the gate, both [B, H, W, D]."""
+        """Map [B, H, W, C] to the scan summed over directions (float32) and the gate, both [B, H, W, D]."""
         x, z = self.in_proj(x).chunk(2, -1)  # [B, H, W, D] twice
         x = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # [B, H, W, D]
-        parts = F.linear(x, self.x_proj.flatten(0, 1)).unflatten(-1, (DIRECTIONS, -1))  # [B, H, W, K, R + 2 N]
-        dt, B, C = parts.split(self.split, -1)  # [B, H, W, K, R], [B, H, W, K, N] twice
+        parts = F.linear(x, self.x_proj.flatten(0, 1))  # [B, H, W, K (R + 2 N)]
+        parts = torch.unflatten(parts, -1, (DIRECTIONS, -1))  # [B, H, W, K, R + 2 N]
+        dt, B, C = torch.split_with_sizes(parts, self.split, -1)  # [B, H, W, K, R], [B, H, W, K, N] twice
         delta = torch.einsum("bhwkr,kdr->bhwkd", dt, self.dt_proj)  # [B, H, W, K, D]
         A = -torch.exp(self.ssm.A_log)  # [K, D, N]
         y = ss2d_scan(x, delta, A, B, C, self.ssm.D, self.ssm.dt_bias, self.scan)  # [B, H, W, D]
@@ -137,7 +139,7 @@ class VSSBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if mlp else None
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """x [B, H, W, C], keys int64 [B] for stochastic depth -> [B, H, W, C]."""
+        """Map [B, H, W, C] to [B, H, W, C], with keys int64 [B] for stochastic depth."""
         x = x + self.drop_path(self.ss2d(self.norm(x)), keys)
         if self.norm2 is not None and self.mlp is not None and self.drop_path2 is not None:
             x = x + self.drop_path2(self.mlp(self.norm2(x)), keys)

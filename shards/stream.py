@@ -1,0 +1,206 @@
+"""Stream: a selection's samples in the order of their positions, for ever, without a seam between epochs.
+
+The plan: `order.py` says which block of which shard holds a position. A block's samples are one run of bytes in the tar,
+fetched by one ranged request into a small buffer (the last few blocks per lane stay there, which is all that an order by
+lanes needs). A pool of threads fetches and decodes ahead of the consumer; both release the GIL. What cannot be avoided:
+with fewer lanes than ranks, ranks read the same blocks.
+
+The whole state is a position, and it is in the caller's hands: every item comes with its own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import crc32c
+
+from shards.manifest import Selection
+from shards.order import Order
+from shards.sample import Sample, decode
+
+AHEAD = 64  # samples fetched and decoded before they are asked for
+THREADS = 2
+BUFFER_BYTES = 512 << 20
+
+
+class StreamError(OSError):
+    """A sample's bytes are not those that the manifest promises."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which slots of every global batch this reader takes: slot s goes to rank s mod ranks.
+
+    With a number of lanes that is a multiple of `ranks`, a rank so reads only its own lanes.
+    """
+
+    global_batch: int
+    ranks: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse shares of unequal size."""
+        if self.global_batch % self.ranks or not 0 <= self.rank < self.ranks:
+            raise ValueError(
+                f"global batch {self.global_batch} over {self.ranks} ranks (rank {self.rank}): "
+                "the batch must be a multiple of the ranks"
+            )
+
+    def slots(self, batch: int) -> range:
+        """Positions of global batch number `batch` that belong to this rank."""
+        return range(batch * self.global_batch + self.rank, (batch + 1) * self.global_batch, self.ranks)
+
+
+class Stream:
+    """Samples of a selection by position.
+
+    Args:
+        selection: what to read.
+        seed: of the order.
+        lanes: places in the epoch that are read side by side.
+        share: this reader's slots of each global batch.
+        position: where to begin; a multiple of the global batch.
+
+    Raises:
+        ValueError: a position inside a batch.
+    """
+
+    def __init__(
+        self, selection: Selection, seed: int, lanes: int, share: Share, position: int = 0
+    ) -> None:
+        if position % share.global_batch:
+            raise ValueError(f"position {position} is not a multiple of the global batch {share.global_batch}")
+        self.selection, self.share, self.position = selection, share, position
+        self.order = Order([count for _, count in selection.shards], seed, lanes)
+        self._reader = _Reader(selection)
+
+    @property
+    def ledger(self) -> dict[str, float]:
+        """Samples, bytes and requests so far, and the seconds that the consumer waited."""
+        return dict(self._reader.ledger)
+
+    def __iter__(self) -> Iterator[tuple[Sample, int]]:
+        """This rank's samples from `position` on, each with its own position."""
+        first = self.position // self.share.global_batch
+        positions = (p for batch in _count(first) for p in self.share.slots(batch))
+        jobs = ((p, self.order.sample(p), self._run_of(p)) for p in positions)
+        return self._reader.run(jobs)
+
+    def once(self) -> Iterator[tuple[Sample, int]]:
+        """Every sample of the selection exactly once in manifest order, rank r taking every r-th; for evaluation."""
+        rows = range(self.share.rank, len(self.selection), self.share.ranks)
+        return self._reader.run((row, row, (row, row + 1)) for row in rows)
+
+    def at(self, key: str) -> Sample:
+        """The sample with this key; KeyError when the selection has none."""
+        row = self.selection.row_of_key[key]
+        return self._reader.sample(row, (row, row + 1))
+
+    def _run_of(self, position: int) -> tuple[int, int]:
+        block, _ = self.order.block(position)
+        first = int(self.order.starts[block.shard]) + block.first
+        return first, first + block.count
+
+
+def _count(start: int) -> Iterator[int]:
+    while True:
+        yield start
+        start += 1
+
+
+class _Reader:
+    """Fetches runs of rows and decodes samples out of them."""
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+        self.ledger: dict[str, float] = {"samples": 0, "bytes": 0, "requests": 0, "wait": 0.0}
+        rows = selection.rows
+        self._shards = rows["shard"].combine_chunks()
+        self._members = rows["members"].combine_chunks()
+        self._checksums = rows["checksum"].combine_chunks()
+        self._runs: OrderedDict[tuple[int, int], Future[tuple[int, bytes]]] = OrderedDict()
+        self._held = 0
+        self._lock = threading.Lock()
+
+    def run(self, jobs: Iterator[tuple[int, int, tuple[int, int]]]) -> Iterator[tuple[Sample, int]]:
+        """Samples of (position, row, run of rows) jobs, in order, made ahead by threads."""
+        ahead: deque[tuple[int, Future[Sample]]] = deque()
+        with ThreadPoolExecutor(THREADS, "stream") as pool:
+            try:
+                for position, row, run in jobs:
+                    ahead.append((position, pool.submit(self.sample, row, run)))
+                    if len(ahead) >= AHEAD:
+                        yield self._take(ahead)
+                while ahead:
+                    yield self._take(ahead)
+            finally:
+                for _, future in ahead:
+                    future.cancel()
+
+    def _take(self, ahead: deque[tuple[int, Future[Sample]]]) -> tuple[Sample, int]:
+        position, future = ahead.popleft()
+        start = time.perf_counter()
+        sample = future.result()
+        self.ledger["wait"] += time.perf_counter() - start
+        self.ledger["samples"] += 1
+        return sample, position
+
+    def sample(self, row: int, run: tuple[int, int]) -> Sample:
+        """Decode one row, fetching its run of rows unless it is held already."""
+        base, data = self._fetch(run)
+        members: list[dict[str, Any]] = self._members[row].as_py()
+        parts, checksum = {}, 0
+        for member in members:
+            start = member["offset"] - base
+            parts[member["name"]] = data[start : start + member["bytes"]]
+            checksum = crc32c.crc32c(parts[member["name"]], checksum)
+        if checksum != self._checksums[row].as_py():
+            key = self.selection.rows["key"][row].as_py()
+            raise StreamError(
+                f"{self.selection.store.url}/{self._shards[row].as_py()}: sample {key} differs from the manifest's "
+                "checksum; the shard was altered or damaged (mcf shards verify), restore it or build it again"
+            )
+        return decode(parts, self.selection.contract.sensors)
+
+    def _fetch(self, run: tuple[int, int]) -> tuple[int, bytes]:
+        """First byte and bytes of a run of rows; whoever asks first fetches, the others wait for it."""
+        with self._lock:
+            future = self._runs.get(run)
+            mine = future is None
+            if future is None:
+                future = self._runs[run] = Future()
+            self._runs.move_to_end(run)
+        if mine:
+            self._load(run, future)
+        return future.result()
+
+    def _load(self, run: tuple[int, int], future: Future[tuple[int, bytes]]) -> None:
+        try:
+            base = self._members[run[0]].as_py()[0]["offset"]
+            last = self._members[run[1] - 1].as_py()[-1]
+            length = last["offset"] + last["bytes"] - base
+            data = self.selection.store.range(self._shards[run[0]].as_py(), base, length)
+        except BaseException as error:
+            with self._lock:
+                self._runs.pop(run, None)
+            future.set_exception(error)
+            return
+        future.set_result((base, data))
+        self._account(len(data))
+
+    def _account(self, fetched: int) -> None:
+        with self._lock:
+            self.ledger["bytes"] += fetched
+            self.ledger["requests"] += 1
+            self._held += fetched
+            for run in list(self._runs):
+                if self._held <= BUFFER_BYTES or len(self._runs) <= 1:
+                    break
+                if self._runs[run].done():
+                    self._held -= len(self._runs.pop(run).result()[1])

@@ -279,24 +279,29 @@ def _crop_mix(fields: _Fields, noise: Map) -> Mixture:
     return {Material.LUSH_CROP: lush, Material.STRAW: straw, Material.PLOUGHED: soil}
 
 
+def _forest_mix(stand: Map, noise: Map, day: int) -> Mixture:
+    """Conifers where `stand` [H, W] is high, broadleaf trees elsewhere (bare in winter), grass in clearings."""
+    conifer = (1 / (1 + np.exp(-4 * stand))).astype(np.float32)
+    leaves = np.clip(1.3 * np.cos(2 * np.pi * (day - 200) / 365) + 0.7, 0.15, 1)
+    return {
+        Material.CONIFER: conifer,
+        Material.BROADLEAF: (1 - conifer) * leaves,
+        Material.DRY_GRASS: (1 - conifer) * (1 - leaves) + 0.04,
+        Material.GRASS: np.clip(0.1 * noise, 0, 0.4),
+    }
+
+
 def _mixtures(rng: np.random.Generator, ground: _Ground, fields: _Fields, day: int) -> dict[Cover, Mixture]:
     """For each class but settlements: the materials it is made of and the weight of each, maps [H, W]."""
     side = ground.steep.shape[0]
     stand, fine, rough, patch = (fractal(rng, side, slope, longest=60) for slope in (3.2, 0.6, 1.8, 2.4))
-    conifer = 1 / (1 + np.exp(-4 * (stand + rng.normal(0, 0.7)))).astype(np.float32)
-    leaves = np.clip(1.3 * np.cos(2 * np.pi * (day - 200) / 365) + 0.7, 0.15, 1)
     green = np.clip(rng.uniform(0.35, 0.75) + 0.12 * ground.wet + 0.16 * rough, 0.05, 0.97)
     silt = 1 / (1 + np.exp(-2 * (0.6 * stand + rng.normal(0, 1.2)))).astype(np.float32)
     bush = np.clip(0.5 + 0.28 * fine + 0.15 * patch, 0, 1)
     pool = np.clip(0.05 + 0.12 * patch, 0, 0.4)
     return {
         Cover.WATER: {Material.SILTY_WATER: silt, Material.CLEAR_WATER: 1 - silt},
-        Cover.TREES: {
-            Material.CONIFER: conifer,
-            Material.BROADLEAF: (1 - conifer) * leaves,
-            Material.DRY_GRASS: (1 - conifer) * (1 - leaves) + 0.04,
-            Material.GRASS: np.clip(0.1 * rough, 0, 0.4),
-        },
+        Cover.TREES: _forest_mix(stand + rng.normal(0, 0.7), rough, day),
         Cover.GRASS: {
             Material.GRASS: green,
             Material.DRY_GRASS: 1 - green,

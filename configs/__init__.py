@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 # Stage -> its config class. By name, so that reading configs imports only the floor that is asked for.
 STAGES: Mapping[str, str] = types.MappingProxyType(
@@ -82,7 +83,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def dump(config: Any) -> str:
     """A config as YAML, `stage` first, every field written out."""
-    return typing.cast("str", yaml.safe_dump(to_dict(config), sort_keys=False, width=120))
+    return str(yaml.safe_dump(to_dict(config), sort_keys=False, width=120))
 
 
 def differences(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
@@ -179,11 +180,10 @@ def _fields(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
         if inner is not None:
             yield from _fields(inner, f"{prefix}{field.name}.")
             continue
-        info = field.default if hasattr(field.default, "description") else None
-        default = info.get_default(call_default_factory=True) if info is not None else field.default
-        if type(default).__name__ == "PydanticUndefinedType":
-            default = dataclasses.MISSING
-        doc = (info.description if info is not None else None) or field.metadata.get("description", "")
+        default, doc = field.default, field.metadata.get("description", "")
+        if isinstance(default, FieldInfo):  # a pydantic field; plain dataclasses give both themselves
+            info, doc = default, default.description or ""
+            default = dataclasses.MISSING if info.is_required() else info.get_default(call_default_factory=True)
         yield f"{prefix}{field.name}", default, doc
 
 

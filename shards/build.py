@@ -44,7 +44,8 @@ from shards.raster_io import footprint
 from shards.sample import Sample, Tile
 from shards.scene import LABEL, Place, SceneError
 from shards.sensors import SENSORS
-from shards.statistics import BandStatistics, merge as merge_statistics
+from shards.statistics import BandStatistics
+from shards.statistics import merge as merge_statistics
 from shards.store import Store, open_store
 from shards.tile import OpenScene, is_empty, open_scene, overlaps, read_tile
 from shards.write import ShardRecord, finish_shard, read_record, schema, write_shard

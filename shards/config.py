@@ -19,7 +19,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Archive:
     """Where the scenes are and in which layout."""
 
-    name: str = Field("catalog", description="layout of the archive")
+    name: str = Field(default="catalog", description="layout of the archive")
     root: str = Field(description="folder or table of the archive")
 
 
@@ -29,8 +29,10 @@ class Label:
 
     names: tuple[str, ...] = Field(description="class names, in the order of their indices")
     palette: tuple[tuple[int, int, int], ...] = Field(description="a colour per class, 0..255")
-    codes: tuple[int, ...] | None = Field(None, description="the raster's code of each class; 0, 1, 2, ... when absent")
-    ignored: tuple[int, ...] = Field((255,), description="codes that mean 'no label here'")
+    codes: tuple[int, ...] | None = Field(
+        default=None, description="the raster's code of each class; 0, 1, 2, ... when absent"
+    )
+    ignored: tuple[int, ...] = Field(default=(255,), description="codes that mean 'no label here'")
 
     @model_validator(mode="after")
     def _consistent(self) -> Any:
@@ -48,10 +50,10 @@ class Label:
 class Tiling:
     """How a place is cut into samples."""
 
-    size: int = Field(256, ge=32, description="pixels on a side")
-    stride: int | None = Field(None, ge=1, description="pixels from one tile to the next; the size when absent")
-    min_valid: Fraction = Field(0.5, description="least share of valid pixels in every modality")
-    max_days: float | None = Field(None, ge=0, description="how far apart in time scenes of one sample may be")
+    size: int = Field(default=256, ge=32, description="pixels on a side")
+    stride: int | None = Field(default=None, ge=1, description="pixels from one tile to the next; the size when absent")
+    min_valid: Fraction = Field(default=0.5, description="least share of valid pixels in every modality")
+    max_days: float | None = Field(default=None, ge=0, description="how far apart in time scenes of one sample may be")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -62,13 +64,15 @@ class ShardsConfig:
     archive: Archive
     out: str = Field(description="dataset folder, local or s3://BUCKET/PREFIX")
     sensors: tuple[str, ...] = Field(min_length=1, description="modalities; the first gives the grid")
-    label: Label | None = Field(None, description="classes, when the archive is labelled")
+    label: Label | None = Field(default=None, description="classes, when the archive is labelled")
     tile: Tiling = Tiling()
-    encoding: Encoding = Field("blosc2-zstd", description="of arrays: blosc2-zstd, blosc2-lz4 or npy")
-    samples_per_shard: int = Field(512, ge=1, description="tiles planned per shard")
-    on_error: Literal["fail", "skip"] = Field("fail", description="what an unusable place does")
-    workers: int = Field(1, ge=1, description="processes")
-    part: str = Field("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$", description="this builder's share of the shards, as k/n")
+    encoding: Encoding = Field(default="blosc2-zstd", description="of arrays: blosc2-zstd, blosc2-lz4 or npy")
+    samples_per_shard: int = Field(default=512, ge=1, description="tiles planned per shard")
+    on_error: Literal["fail", "skip"] = Field(default="fail", description="what an unusable place does")
+    workers: int = Field(default=1, ge=1, description="processes")
+    part: str = Field(
+        default="1/1", pattern=r"^[1-9]\d*/[1-9]\d*$", description="this builder's share of the shards, as k/n"
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ class Grid:
     def resolution(self) -> float:
         """Side of a pixel in the CRS's unit: the square root of its area."""
         a, b, _, d, e, _ = self.transform
-        return float(abs(a * e - b * d)) ** 0.5
+        return math.sqrt(abs(a * e - b * d))
 
     def xy(self, row: float, col: float) -> tuple[float, float]:
         """Coordinates of a point given in pixels."""

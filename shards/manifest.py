@@ -111,7 +111,9 @@ def read_facts(store: Store) -> dict[str, Any]:
             "which `mcf shards build` writes at its end (or `mcf shards merge` after builds in parts)"
         ) from None
     if facts.get("format_version", 0) > FORMAT_VERSION:
-        raise ManifestError(f"{store.url}: format_version {facts['format_version']}; this release reads {FORMAT_VERSION}")
+        raise ManifestError(
+            f"{store.url}: format_version {facts['format_version']}; this release reads {FORMAT_VERSION}"
+        )
     return facts
 
 

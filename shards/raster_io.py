@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def footprint(crs: str, corners: Sequence[tuple[float, float]]) -> dict[str, Any
     """The polygon through `corners` of `crs` as a GeoJSON geometry in OGC:CRS84, cut in two at the date line."""
     ring = [*corners, corners[0]]
     edges: list[tuple[float, float]] = []
-    for (x0, y0), (x1, y1) in zip(ring[:-1], ring[1:], strict=True):
+    for (x0, y0), (x1, y1) in pairwise(ring):
         steps = np.linspace(0.0, 1.0, 5)[:-1]  # a straight edge of a projected grid is a curve in degrees
         edges += [(x0 + t * (x1 - x0), y0 + t * (y1 - y0)) for t in steps]
     polygon = {"type": "Polygon", "coordinates": [[*edges, edges[0]]]}

@@ -116,7 +116,9 @@ def grid_of(raster: DatasetReader) -> Grid:
         SceneError: it has no CRS.
     """
     if raster.crs is None:
-        raise SceneError(raster.name, "has no CRS; give the file its georeference (gdal_edit -a_srs, or gdalwarp for GCPs)")
+        raise SceneError(
+            raster.name, "has no CRS; give the file its georeference (gdal_edit -a_srs, or gdalwarp for GCPs)"
+        )
     code = raster.crs.to_epsg()
     crs = f"EPSG:{code}" if code else raster.crs.to_wkt()
     return Grid(tuple(raster.transform)[:6], raster.height, raster.width, crs)

@@ -57,7 +57,8 @@ class BandStatistics:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> BandStatistics:
         """The inverse of `to_json`."""
-        return BandStatistics(**{key: value if key == "count" else np.asarray(value) for key, value in data.items()})
+        arrays = {key: np.asarray(value, np.float64) for key, value in data.items() if key != "count"}
+        return BandStatistics(count=int(data["count"]), **arrays)
 
     def percentile(self, share: float, clip: tuple[float, float]) -> Floats:
         """Value per band below which `share` (0..1) of the pixels lie, to the width of a histogram bin."""

@@ -1,9 +1,9 @@
 """Stream: a selection's samples in the order of their positions, for ever, without a seam between epochs.
 
-The plan: `order.py` says which block of which shard holds a position. A block's samples are one run of bytes in the tar,
-fetched by one ranged request into a small buffer (the last few blocks per lane stay there, which is all that an order by
-lanes needs). A pool of threads fetches and decodes ahead of the consumer; both release the GIL. What cannot be avoided:
-with fewer lanes than ranks, ranks read the same blocks.
+The plan: `order.py` says which block of which shard holds a position. A block's samples are one run of bytes in the
+tar, fetched by one ranged request into a small buffer (the last few blocks per lane stay there, which is all that an
+order by lanes needs). A pool of threads fetches and decodes ahead of the consumer; both release the GIL. What cannot
+be avoided: with fewer lanes than ranks, ranks read the same blocks.
 
 The whole state is a position, and it is in the caller's hands: every item comes with its own.
 """
@@ -71,9 +71,7 @@ class Stream:
         ValueError: a position inside a batch.
     """
 
-    def __init__(
-        self, selection: Selection, seed: int, lanes: int, share: Share, position: int = 0
-    ) -> None:
+    def __init__(self, selection: Selection, seed: int, lanes: int, share: Share, position: int = 0) -> None:
         if position % share.global_batch:
             raise ValueError(f"position {position} is not a multiple of the global batch {share.global_batch}")
         self.selection, self.share, self.position = selection, share, position

@@ -25,8 +25,8 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window as RasterWindow
 
 from shards.grid import Grid, Window
-from shards.scene import LABEL, Scene, SceneError, grid_of, open_raster
 from shards.sample import Tile
+from shards.scene import LABEL, Scene, SceneError, grid_of, open_raster
 from shards.sensors import SENSORS
 
 MARGIN = 3  # source pixels around a window, enough for a bicubic kernel
@@ -77,7 +77,7 @@ def open_scene(scene: Scene) -> Iterator[OpenScene]:
 
 
 def _bands(scene: Scene, raster: DatasetReader, named: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Which bands of a file to read and what they are: as the archive says, by description, or by the sensor's order."""
+    """Which bands of a file to read, and their names: from the archive, the descriptions, or the sensor's order."""
     if scene.sensor == LABEL:
         return (1,), (LABEL,)
     wanted = SENSORS[scene.sensor].band_names
@@ -192,7 +192,11 @@ def _warp(
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Resample by the sensor's rule; a target pixel is valid where the warper found valid source pixels."""
     rule = SENSORS[scene.sensor].resampling if scene.sensor != LABEL else "nearest"
-    exact = np.float64 if values.dtype.itemsize > 4 or values.dtype.kind in "iu" and values.dtype.itemsize > 2 else np.float32
+    exact = (
+        np.float64
+        if values.dtype.itemsize > 4 or (values.dtype.kind in "iu" and values.dtype.itemsize > 2)
+        else np.float32
+    )
     floats = values.astype(exact)
     floats[:, ~valid] = np.nan
     out = np.full((values.shape[0], grid.height, grid.width), np.nan, exact)

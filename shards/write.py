@@ -149,7 +149,5 @@ def read_record(store: Store, name: str) -> tuple[ShardRecord, str, pa.Table]:
     table = pq.read_table(io.BytesIO(store.get(f"{name}.parquet")))
     facts = json.loads(table.schema.metadata[b"mcf_shard"])
     statistics = {sensor: BandStatistics.from_json(values) for sensor, values in facts["statistics"].items()}
-    record = ShardRecord(
-        name, [], facts["sha256"], facts["bytes"], statistics, facts["left_out"], facts["skipped"]
-    )
+    record = ShardRecord(name, [], facts["sha256"], facts["bytes"], statistics, facts["left_out"], facts["skipped"])
     return record, facts["plan"], table

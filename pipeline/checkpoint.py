@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +187,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _from_release(folder: Path) -> Checkpoint:
-    from dataclasses import asdict
-
     model = MCFMamba.from_pretrained(folder)
     contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
     facts = {"model": asdict(model.config), "contract": contract, "files": {MODEL: sha256(folder / MODEL)}}

@@ -39,7 +39,6 @@ class CMSS:
     """Complementary masking for self-supervised pretraining: what is hidden and how it is weighed."""
 
     ratio: float = Field(default=0.5, gt=0, lt=1, description="share of the blocks hidden in the first modality")
-    block: int = Field(default=32, ge=4, multiple_of=4, description="side of a masking block in pixels")
     strategy: Literal["complementary", "independent"] = Field(
         default="complementary", description="hide in one what the other shows, or each on its own"
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from pipeline.augment import augment
 from pipeline.batch import Batch, collate
 from shards.contract import Contract
 from shards.sample import Sample
@@ -20,6 +21,14 @@ def micro_batches(stream: Iterable[tuple[Sample, int]], size: int, contract: Con
     samples = iter(stream)
     while items := list(itertools.islice(samples, size)):
         yield collate(items, contract)
+
+
+def training_batches(
+    stream: Iterable[tuple[Sample, int]], size: int, contract: Contract, augment_seed: int | None
+) -> Iterator[Batch]:
+    """Micro-batches, turned and flipped unless `augment_seed` is None, prepared ahead of the model."""
+    batches = micro_batches(stream, size, contract)
+    return read_ahead(batches if augment_seed is None else (augment(batch, augment_seed) for batch in batches))
 
 
 def read_ahead(items: Iterator[T], depth: int = 4) -> Iterator[T]:

@@ -5,7 +5,8 @@ Three things are done here so that nobody else has to know them:
 - State leaves and enters **by parameter name, in fp32**, whatever the ZeRO stage and the number of ranks. Parameters
   are put into the module before DeepSpeed takes it over (setting its master copy afterwards would leave the first
   forward on stale weights). Moments do not exist before the first step, so one step is made with zero loss at learning
-  rate 0, and then they are overwritten.
+  rate 0, and then they are overwritten. ZeRO 1 and 2 link moments to parameters during the first step, when only the
+  first parameter group has any; they are linked again here.
 - bf16 is autocast over fp32 parameters. DeepSpeed's own `bf16` mode would cast A, D, dt and norms as well; a guard
   refuses any parameter that is not fp32.
 - DeepSpeed would compile a shared-memory operator for CPUs at the first start; it is switched off, so that no compiler
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from pipeline.config import BatchSize, EngineConfig, Optim
 from pipeline.optim import parameter_groups
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, device
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -49,7 +50,7 @@ class Engine:
     def __init__(
         self, module: nn.Module, optim: Optim, settings: EngineConfig, batch: BatchSize, ranks: Ranks
     ) -> None:
-        """Hand `module`, which already holds its parameters, to DeepSpeed; torch.distributed must be initialised.
+        """Hand `module`, which already holds its parameters, to DeepSpeed.
 
         Raises:
             ValueError: the global batch cannot be split over the ranks.
@@ -58,7 +59,7 @@ class Engine:
         deepspeed = _import_deepspeed()
         self.micro_batch, self.accumulation = batch.split(ranks.world)
         self.ranks, self.zero = ranks, settings.zero
-        self.device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = device(ranks)
         optimiser = torch.optim.AdamW(
             parameter_groups(module, optim.weight_decay), lr=optim.lr, betas=optim.betas
         )
@@ -105,6 +106,7 @@ class Engine:
 
     def gather(self) -> State | None:
         """The whole state on rank 0, None elsewhere. Collective: every rank must call it."""
+        self._link_moments()
         parameters, moments = {}, {}
         for name, parameter in self.module.named_parameters():
             values = self._full(parameter)
@@ -114,6 +116,16 @@ class Engine:
         if self.ranks.rank:
             return None
         return State(parameters, moments, int(next(iter(self._optimiser.state.values()))["step"]))
+
+    def _link_moments(self) -> None:
+        """Under ZeRO 1 and 2: tell every parameter where its moments lie in the flat partitions."""
+        if self.zero not in (1, 2):
+            return
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        optimiser = self._deepspeed.optimizer
+        for group, flat in zip(optimiser.bit16_groups, optimiser.single_partition_of_fp32_groups, strict=True):
+            lazy_init_hp_params_optimizer_state(group, flat, optimiser.optimizer.state)
 
     def _full(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Value and moments of one parameter, fp32, on the CPU, copied."""
@@ -142,6 +154,7 @@ class Engine:
         for _ in range(self.accumulation):
             self.backward(self({name: image.to(self.device) for name, image in blank.items()}).sum() * 0.0)
         self.step(lr=0.0)
+        self._link_moments()
         for name, parameter in self.module.named_parameters():
             for kind in MOMENTS:
                 self._set(parameter, kind, state.moments[f"{name}.{kind}"].to(self.device))
@@ -189,7 +202,7 @@ def guard_precision(module: nn.Module) -> None:
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and without the operator that it would compile."""
+    """DeepSpeed, quiet, without the operator that it would compile, and connected even where there is one rank."""
     import deepspeed
     import deepspeed.ops
 
@@ -197,4 +210,5 @@ def _import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # torch 2.13 deprecates names that DeepSpeed 0.19 calls at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
     return deepspeed

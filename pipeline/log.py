@@ -1,0 +1,75 @@
+"""What a run says while it goes: one JSON line per step in metrics.jsonl, and a progress line on the console."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+METRICS = "metrics.jsonl"
+CONSOLE_SECONDS = 2.0  # between progress lines where the console cannot overwrite them
+
+
+class Journal:
+    """The metrics file and progress line of a run; rank 0 has one, other ranks none."""
+
+    def __init__(self, run: Path, start: int, steps: int, console: TextIO | None = None) -> None:
+        """Go on after step `start` of `steps`: lines of later steps, from before a kill, are dropped."""
+        self._start, self._steps = start, steps
+        self._began, self._shown = time.monotonic(), float("-inf")
+        self._console = console or sys.stderr
+        keep_until(run / METRICS, start)
+        self._file = (run / METRICS).open("a", encoding="utf-8")
+
+    def write(self, numbers: Mapping[str, Any]) -> None:
+        """Record a step; `numbers` has at least step, loss, samples_per_second and data_wait."""
+        self._file.write(json.dumps(numbers) + "\n")
+        self._file.flush()
+        overwrite, done = self._console.isatty(), numbers["step"] >= self._steps
+        if not overwrite and not done and time.monotonic() - self._shown < CONSOLE_SECONDS:
+            return
+        self._shown = time.monotonic()
+        self._console.write(("\r\x1b[K" if overwrite else "") + self._line(numbers))
+        self._console.write("\n" if done or not overwrite else "")
+        self._console.flush()
+
+    def close(self) -> None:
+        """Close the file and leave the progress line."""
+        self._file.close()
+        if self._console.isatty():
+            self._console.write("\n")
+
+    def _line(self, numbers: Mapping[str, Any]) -> str:
+        step = int(numbers["step"])
+        left = (time.monotonic() - self._began) / max(1, step - self._start) * (self._steps - step)
+        return (
+            f"step {step}/{self._steps}  loss {numbers['loss']:.4f}  {numbers['samples_per_second']:.1f} samples/s  "
+            f"data-wait {100 * numbers['data_wait']:.0f} %  ETA {int(left) // 60}:{int(left) % 60:02d}"
+        )
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and a last line that a kill cut short; nothing if there is no file."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, in order of steps; whole lines only."""
+    lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if _step(line) < float("inf")]
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinity where the line is not whole."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")

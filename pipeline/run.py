@@ -1,0 +1,223 @@
+"""A run: its folder, what it is a run of, and where its parameters come from at the start.
+
+The order of starting is one list, for pretraining and finetuning alike:
+
+    1. the newest whole checkpoint of the run's own folder: the run goes on, moments and position included
+    2. the run, checkpoint or release that the config names (`start` or `checkpoint`): its parameters
+    3. scratch: weights drawn from the seed
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import configs
+from configs import ConfigError
+from pipeline import checkpoint
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import Training
+from pipeline.engine import Engine
+from pipeline.model.config import ModelConfig
+from pipeline.model.mcf_mamba import MCFMamba
+from pipeline.ranks import Ranks
+from shards.contract import Contract, ContractError, compare
+from shards.manifest import Selection
+
+CONFIG = "config.yaml"
+# What may change between two parts of one run, because it does not change what is computed.
+FREE = ("run", "data", "batch.micro_batch", "engine", "checkpoint_every", "keep", "pictures_every", "validate_every")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: what its checkpoints must say so that it can go on.
+
+    Attributes:
+        folder: run folder.
+        config: of the stage.
+        contract: what the model's inputs and classes mean.
+        fingerprint: of the selection of data.
+        ranks: who takes part.
+    """
+
+    folder: Path
+    config: Training
+    contract: Contract
+    fingerprint: str
+    ranks: Ranks
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: `checkpoint` None is from scratch; `resumed` says that it is the run's own."""
+
+    checkpoint: Checkpoint | None
+    resumed: bool
+
+    @property
+    def step(self) -> int:
+        """Steps already done."""
+        return self.checkpoint.step if self.checkpoint and self.resumed else 0
+
+
+def open_run(config: Training, selection: Selection, ranks: Ranks, named: str | None) -> tuple[Run, Start]:
+    """Open the run folder and decide where to start, in the order of this module's text.
+
+    Args:
+        config: of the stage.
+        selection: the samples to train on.
+        ranks: who takes part.
+        named: run, checkpoint or release that the config names.
+
+    Raises:
+        ConfigError: the folder belongs to a run of another config or of other data.
+        CheckpointError: `named` is no checkpoint, or none of the run's own can be read.
+        ContractError: the named checkpoint and the data mean different things.
+    """
+    own = own_checkpoint(config, selection.fingerprint, ranks)
+    source = own or (checkpoint.find(named) if named else None)
+    contract = selection.contract.normalised(config.normalise)
+    contract = adopt(source.contract, contract) if source else contract
+    log.info("%s starts from %s", config.run, source.folder if source else "scratch")
+    return Run(Path(config.run), config, contract, selection.fingerprint, ranks), Start(source, own is not None)
+
+
+def own_checkpoint(config: Training, fingerprint: str, ranks: Ranks) -> Checkpoint | None:
+    """The newest checkpoint of the run folder, None if there is none yet; writes config.yaml.
+
+    Raises:
+        ConfigError: the folder belongs to a run of another config or of other data.
+    """
+    folder = Path(config.run)
+    if (folder / CONFIG).exists():
+        _check_same(folder, configs.load(folder / CONFIG), config)
+    found = checkpoint.newest(folder)
+    if found and found.facts["fingerprint"] != fingerprint:
+        raise ConfigError(
+            f"data: run {folder} was trained on a selection with fingerprint {found.facts['fingerprint'][:12]}, but "
+            f"{config.data} now gives {fingerprint[:12]}; restore the dataset, or choose another folder with run="
+        )
+    if ranks.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(folder / CONFIG, configs.dump(config))
+    return found
+
+
+def _check_same(folder: Path, old: Any, new: Training) -> None:
+    if type(old) is not type(new):
+        raise ConfigError(f"run: {folder} holds a run of stage {old.stage}; choose another folder with run=")
+    changed = configs.differences(old, new)
+    free = {key for key in changed if any(key == name or key.startswith(f"{name}.") for name in FREE)}
+    if fixed := [key for key in changed if key not in free]:
+        lines = "; ".join(f"{key}: {changed[key][0]!r} there, {changed[key][1]!r} now" for key in fixed)
+        raise ConfigError(
+            f"run: {folder} holds a run of another config ({lines}); choose another folder with run=, "
+            "give the old values, or remove the folder"
+        )
+    for key in sorted(free):
+        log.warning("going on with %s: %r instead of %r", key, changed[key][1], changed[key][0])
+
+
+def adopt(model: Contract, data: Contract) -> Contract:
+    """`data` with the order, offset and scale that `model` was trained with, for the modalities that both have.
+
+    Raises:
+        ContractError: no modality in common, or bands, unit, clip or resolution differ; the message lists what.
+    """
+    common = [name for name in model.sensors if name in data.sensors]
+    if not common:
+        raise ContractError(f"the data have {', '.join(data.sensors)}; the checkpoint knows {', '.join(model.sensors)}")
+    known = replace(model.restrict(common), classes=None)
+    if found := compare(known, replace(data.restrict(common), classes=None)):
+        raise ContractError(
+            f"the checkpoint (left) and the data (right) do not fit: {'; '.join(found)}. Build the data as the "
+            "checkpoint expects them"
+        )
+    new = tuple(modality for modality in data.modalities if modality.sensor not in common)
+    return replace(data, modalities=known.modalities + new)
+
+
+def build_model(run: Run, start: Start, outputs: int, new: str = "") -> MCFMamba:
+    """A model drawn from the seed, then given the start's parameters.
+
+    Args:
+        run: what is trained.
+        start: where it begins; its structure comes before the config's.
+        outputs: output channels.
+        new: unless the run goes on, parameters whose names begin with this keep their drawn values.
+    """
+    source = start.checkpoint
+    torch.manual_seed(run.config.seed)
+    model = MCFMamba(source.model_config if source else run.config.model, run.contract.channels, outputs)
+    if source:
+        parameters = source.state.parameters
+        if new and not start.resumed:
+            parameters = {name: tensor for name, tensor in parameters.items() if not name.startswith(new)}
+        transfer(model, parameters, str(source.folder))
+    return model
+
+
+def build_engine(run: Run, start: Start, model: MCFMamba) -> Engine:
+    """The model under DeepSpeed, with the moments of the run's own checkpoint where it goes on."""
+    engine = Engine(model, run.config.optim, run.config.engine, run.config.batch, run.ranks)
+    if start.checkpoint and start.resumed:
+        blank = {name: torch.zeros(1, bands, 32, 32) for name, bands in run.contract.channels.items()}
+        engine.load(start.checkpoint.state, blank)
+    return engine
+
+
+def transfer(model: nn.Module, parameters: Mapping[str, Tensor], origin: str) -> None:
+    """Copy parameters by name; log which of the model's stay as they were, and which of the source's are not used.
+
+    Raises:
+        CheckpointError: a shape differs, or no name fits.
+    """
+    own = dict(model.named_parameters())
+    common = [name for name in parameters if name in own]
+    wrong = [name for name in common if parameters[name].shape != own[name].shape]
+    if wrong or not common:
+        reason = f"{wrong[0]} is {tuple(parameters[wrong[0]].shape)} there" if wrong else "no parameter has a name in common"
+        raise checkpoint.CheckpointError(f"{origin} does not fit the model: {reason}; give it the same `model:`")
+    with torch.no_grad():
+        for name in common:
+            own[name].copy_(parameters[name])
+    for what, names in (("not loaded", own.keys() - set(common)), ("not used", parameters.keys() - set(common))):
+        if names:
+            log.warning("%s from %s: %s", what, origin, _abridged(sorted(names)))
+
+
+def facts(run: Run, step: int, model: ModelConfig) -> dict[str, Any]:
+    """What state.json of this run says after `step` steps, beside the hashes."""
+    return {
+        "step": step,
+        "position": step * run.config.batch.global_batch,
+        "seed": run.config.seed,
+        "lanes": run.config.lanes,
+        "fingerprint": run.fingerprint,
+        "model": asdict(model),
+        "contract": run.contract.to_json(),
+        "config": configs.to_dict(run.config),
+        "version": code_version(),
+    }
+
+
+def code_version() -> str:
+    """Version of the installed distribution; "source" where the code runs without being installed."""
+    try:
+        return metadata.version("mcf-mamba")
+    except metadata.PackageNotFoundError:
+        return "source"
+
+
+def _abridged(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -137,6 +137,5 @@ def _claim(root: Path, wanted: dict[str, int]) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     if found != wanted:
         raise ValueError(
-            f"{root} holds an archive made with {found}, but {wanted} was asked for; "
-            "remove it or name another folder"
+            f"{root} holds an archive made with {found}, but {wanted} was asked for; remove it or name another folder"
         )

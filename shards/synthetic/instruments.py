@@ -149,9 +149,7 @@ def optical(place: Site, land: Landscape) -> Raster:
     crowns = 0.06 * (land.texture - 1) * (land.cover == Cover.TREES)
     opacity, shadow = _clouds(place, rng, sun)
     light = _light(place, land, sun) * (1 + 0.1 * fractal(rng, side, 1.6) + crowns) * (1 - 0.6 * shadow)
-    values = np.tensordot(_spectra(place, rng).T, _inner(place, land.shares), 1) * _inner(
-        place, light
-    )  # [C, h, w]
+    values = np.tensordot(_spectra(place, rng).T, _inner(place, land.shares), 1) * _inner(place, light)  # [C, h, w]
     haze = rng.uniform(0.6, 2.2)
     values = values * _column(_CLEAR) * (1.06 - 0.06 * haze) + _column(_PATH) * haze
     cover, bright = _inner(place, opacity), _inner(place, 1 + 0.07 * fractal(rng, side, 3))
@@ -215,9 +213,7 @@ def _radar_grid(place: Site) -> tuple[str, float, float]:
 def _facing(land: Landscape, look: float, incidence: float) -> Map:
     """Backscatter of sloping ground relative to level ground [H, W], by the beam's azimuth and incidence."""
     north, east = _slopes(land)
-    tilt = np.arctan(
-        north * math.cos(look) + east * math.sin(look)
-    )  # positive where the ground faces the radar
+    tilt = np.arctan(north * math.cos(look) + east * math.sin(look))  # positive where the ground faces the radar
     local = np.clip(incidence - tilt, 0.15, 1.45)
     return np.asarray(np.clip(math.tan(incidence) / np.tan(local), 0.3, 4), dtype=np.float32)
 

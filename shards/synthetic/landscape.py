@@ -280,7 +280,7 @@ def _crop_mix(fields: _Fields, noise: Map) -> Mixture:
 
 
 def _forest_mix(stand: Map, noise: Map, day: int) -> Mixture:
-    """Conifers where `stand` [H, W] is high, broadleaf trees elsewhere (bare in winter), grass in clearings."""
+    """Conifers where `stand` [H, W] is high, elsewhere broadleaf trees (bare in winter), grass in clearings."""
     conifer = (1 / (1 + np.exp(-4 * stand))).astype(np.float32)
     leaves = np.clip(1.3 * np.cos(2 * np.pi * (day - 200) / 365) + 0.7, 0.15, 1)
     return {

@@ -54,9 +54,7 @@ def cells(u: Map, v: Map, jitter: float, rng: np.random.Generator) -> tuple[NDAr
     whole = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
     i, j = (axis - axis.min() + 1 for axis in whole)
     rows, cols = int(i.max()) + 2, int(j.max()) + 2
-    site_u, site_v = rng.random((2, rows * cols), dtype=np.float32) * np.float32(jitter) + np.float32(
-        0.5 - jitter / 2
-    )
+    site_u, site_v = rng.random((2, rows * cols), dtype=np.float32) * np.float32(jitter) + np.float32(0.5 - jitter / 2)
     home, part_u, part_v = i * np.int32(cols) + j, u - whole[0], v - whole[1]
     nearest = np.full(u.shape, np.inf, dtype=np.float32)
     second, number = nearest.copy(), home.copy()

@@ -1,0 +1,83 @@
+"""Verifying a dataset against its own manifest: hashes, counts, keys, checksums, decodability, valid fractions."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from io import BytesIO
+from typing import Any
+
+import crc32c
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from shards.contract import Contract
+from shards.manifest import read_facts
+from shards.sample import decode
+from shards.store import Store, StoreError, open_store
+
+
+def verify(data: str) -> list[str]:
+    """Everything that is wrong with a dataset, a line each; empty when it is sound.
+
+    Raises:
+        ManifestError: there is no dataset.
+    """
+    store = open_store(data)
+    facts = read_facts(store)
+    rows = pq.read_table(BytesIO(store.get("manifest.parquet"))).to_pylist()
+    found = (
+        [] if len(rows) == facts["samples"] else [f"manifest.parquet: {len(rows)} rows, {facts['samples']} promised"]
+    )
+    if len({row["key"] for row in rows}) != len(rows):
+        found.append("manifest.parquet: keys occur twice")
+    contract = Contract.from_json(facts["contract"])
+    for name, shard in tqdm(facts["shards"].items(), "verify", unit="shard", disable=None, leave=False):
+        mine = [row for row in rows if row["shard"] == f"{name}.tar"]
+        found += _verify_shard(store, f"{name}.tar", shard["sha256"], mine, contract)
+    return found
+
+
+def _verify_shard(
+    store: Store, name: str, sha256: str, rows: list[dict[str, Any]], contract: Contract
+) -> Iterator[str]:
+    try:
+        data = store.get(name)
+    except StoreError as error:
+        yield str(error)
+        return
+    if hashlib.sha256(data).hexdigest() != sha256:
+        yield f"{name}: sha256 differs from dataset.json"
+    try:
+        with tarfile.open(fileobj=BytesIO(data)) as tar:
+            members = [member.name for member in tar]
+    except tarfile.TarError as error:
+        yield f"{name}: not a readable tar: {error}"
+        return
+    if members != [member["name"] for row in rows for member in row["members"]]:
+        yield f"{name}: members differ from the manifest"
+    for row in rows:
+        yield from (f"{name}: {row['key']}: {problem}" for problem in _verify_sample(data, row, contract))
+
+
+def _verify_sample(data: bytes, row: dict[str, Any], contract: Contract) -> Iterator[str]:
+    parts, checksum = {}, 0
+    for member in row["members"]:
+        parts[member["name"]] = data[member["offset"] : member["offset"] + member["bytes"]]
+        checksum = crc32c.crc32c(parts[member["name"]], checksum)
+    if checksum != row["checksum"]:
+        yield "checksum differs"
+        return
+    try:
+        sample = decode(parts, contract.sensors)
+    except ValueError as error:
+        yield f"not decodable: {error}"
+        return
+    if sample.key != row["key"]:
+        yield f"holds key {sample.key}"
+    for name, tile in sample.tiles.items():
+        if abs(tile.fraction - row["valid"][name]) > 1e-6:
+            yield f"{name}: valid fraction {tile.fraction:.4f}, manifest says {row['valid'][name]:.4f}"
+        if tile.values.shape[0] != len(contract.modality(name).bands):
+            yield f"{name}: {tile.values.shape[0]} bands, contract says {len(contract.modality(name).bands)}"

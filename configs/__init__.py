@@ -44,6 +44,11 @@ def presets() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
+def stage_of(source: str | Path) -> str:
+    """The stage that a file or preset is for."""
+    return str(_read(source).get("stage", ""))
+
+
 def config_class(stage: str) -> type[Any]:
     """The config class of a stage; ConfigError lists the stages."""
     if stage not in STAGES:

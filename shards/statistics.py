@@ -88,3 +88,16 @@ def merge(a: Mapping[str, BandStatistics], b: Mapping[str, BandStatistics]) -> d
     """Statistics by sensor of two sets of samples together."""
     both = {name: a[name].merge(b[name]) for name in a if name in b}
     return {**a, **b, **both}
+
+
+def table(facts: Mapping[str, Any]) -> list[list[str]]:
+    """The statistics in `dataset.json` as rows of text, with a heading."""
+    rows = [["sensor", "band", "unit", "pixels", "mean", "std", "min", "p2", "p98", "max"]]
+    for modality in facts["contract"]["modalities"]:
+        found = BandStatistics.from_json(facts["statistics"][modality["sensor"]])
+        low, high = (found.percentile(share, tuple(modality["clip"])) for share in (0.02, 0.98))
+        numbers = zip(found.mean, found.std, found.low, low, high, found.high, strict=True)
+        for band, values in zip(modality["bands"], numbers, strict=True):
+            first = [modality["sensor"], band, modality["unit"], f"{found.count:,}"]
+            rows.append(first + [f"{value:.6g}" for value in values])
+    return rows

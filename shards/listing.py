@@ -1,0 +1,46 @@
+"""Which samples a rank sees at a step, from the manifest alone: what one needs to look into a loss spike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shards.manifest import ManifestError, select
+from shards.order import Order
+from shards.stream import Share
+
+# Setting -> default; None must be given.
+SETTINGS = {"global_batch": None, "seed": 0, "step": 0, "steps": 1, "world": 1, "rank": None, "lanes": 16}
+
+
+def listing(data: str, settings: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """The keys of each step and rank, as `{"step", "rank", "keys"}`.
+
+    Args:
+        data: dataset folder.
+        settings: `global_batch` and optionally `seed`, `step` (the first), `steps`, `world`, `rank` (all when absent),
+            `lanes`, `split` (comma-separated), as text.
+
+    Raises:
+        ManifestError: an unknown or missing setting, or one that is not a number.
+    """
+    where = {"split": settings["split"].split(",")} if "split" in settings else None
+    numbers = _numbers({key: value for key, value in settings.items() if key != "split"})
+    selection = select(data, where=where)
+    order = Order([count for _, count in selection.shards], numbers["seed"], numbers["lanes"])
+    keys = selection.rows["key"].to_pylist()
+    ranks = range(numbers["world"]) if numbers["rank"] is None else [numbers["rank"]]
+    for step in range(numbers["step"], numbers["step"] + numbers["steps"]):
+        for rank in ranks:
+            slots = Share(numbers["global_batch"], numbers["world"], rank).slots(step)
+            yield {"step": step, "rank": rank, "keys": [keys[order.sample(position)] for position in slots]}
+
+
+def _numbers(settings: Mapping[str, str]) -> dict[str, Any]:
+    if unknown := [key for key in settings if key not in SETTINGS]:
+        raise ManifestError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(SETTINGS)}, split")
+    if wrong := [f"{key}={value}" for key, value in settings.items() if not value.isdecimal()]:
+        raise ManifestError(f"{wrong[0]}: a whole number is expected")
+    if "global_batch" not in settings:
+        raise ManifestError("global_batch=N is missing")
+    return {**SETTINGS, **{key: int(value) for key, value in settings.items()}}

@@ -1,0 +1,261 @@
+"""Pictures for reports and run folders, each as the bytes of a PNG file. No torch, no pyplot, no global state.
+
+Letters in the comments: C bands; H, W pixels; K classes; S seeds.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from shards.contract import Classes, Contract, Modality
+from shards.sensors import SENSORS
+
+Picture = NDArray[np.float32]
+"""A colour picture [H, W, 3], 0 to 1."""
+
+GREY = 0.6  # where a picture has nothing to show
+LARGEST = 1024  # pixels along a side of a map; larger ones are thinned out
+
+
+def loss_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str] = ("loss",), title: str = "Loss"
+) -> bytes:
+    """One line per run and key over the steps.
+
+    Args:
+        runs: name of a run -> its lines of metrics.jsonl, each with `step`; lines without a key are passed over.
+        keys: which numbers to draw, such as `loss` and `loss/s1`.
+        title: of the picture.
+    """
+    figure, axes = _figure(8, 3.6)
+    for name, rows in runs.items():
+        for key in keys:
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            label = " ".join(part for part in (name, key if len(keys) > 1 else "") if part)
+            _curve(axes, np.array(points, dtype=np.float64).reshape(-1, 2), _plain(label))
+    axes.set(xlabel="step", ylabel=title)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(frameon=False)
+    return _png(figure)
+
+
+def _curve(axes: Axes, points: NDArray[np.float64], label: str) -> None:
+    """A smooth line through the values of `points` [N, 2] over a faint one of all of them."""
+    window = max(1, len(points) // 40)
+    (line,) = axes.plot(points[:, 0], points[:, 1], alpha=0.3 if window > 1 else 1, label=None if window > 1 else label)
+    if window > 1:
+        mean = np.convolve(points[:, 1], np.full(window, 1 / window), mode="valid")
+        axes.plot(points[window - 1 :, 0], mean, color=line.get_color(), label=label)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """One sample as the network saw and completed it, by modality.
+
+    `values` and `output` float [C, H, W] as the network has them (normalised by the contract); `valid` bool [H, W];
+    `hidden` bool [ceil(H / cell), ceil(W / cell)], per block or token of `cell` pixels.
+    """
+
+    key: str
+    values: Mapping[str, NDArray[Any]]
+    valid: Mapping[str, NDArray[np.bool_]]
+    hidden: Mapping[str, NDArray[np.bool_]]
+    output: Mapping[str, NDArray[Any]]
+    cell: int = 32
+
+
+def reconstructions(contract: Contract, samples: Sequence[Reconstruction]) -> bytes:
+    """A row per sample: for each modality its input, what was left of it, and what the network made of that."""
+    names = contract.sensors
+    figure = Figure(figsize=(2.1 * 3 * len(names), 2.25 * len(samples) + 0.3), layout="constrained")
+    grid = figure.subplots(len(samples), 3 * len(names), squeeze=False)
+    for number, (row, sample) in enumerate(zip(grid, samples, strict=True)):
+        for column, name in enumerate(names):
+            pictures = _before_and_after(contract.modality(name), sample, name)
+            for axes, title, image in zip(row[3 * column :], ("input", "visible", "output"), pictures, strict=False):
+                _show(axes, image, f"{name} {title}" if number == 0 else "")
+        row[0].set_ylabel(_plain(sample.key), fontsize=7)
+    return _png(figure)
+
+
+def _before_and_after(modality: Modality, sample: Reconstruction, name: str) -> tuple[Picture, Picture, Picture]:
+    """Input, input without its hidden parts, and output of one modality, in the same colours."""
+    valid = sample.valid[name]
+    before, after = (physical(modality, values) for values in (sample.values[name], sample.output[name]))
+    stretch = Stretch.of(modality, before, valid)
+    hidden = enlarge(sample.hidden[name], sample.cell, valid.shape)
+    image = picture(modality, before, valid, stretch)
+    visible = np.where(hidden[..., None], np.float32(GREY), image)
+    return image, visible, picture(modality, after, np.ones_like(valid), stretch)
+
+
+def physical(modality: Modality, values: NDArray[Any]) -> Picture:
+    """Normalised `values` [C, H, W] in the unit of the modality."""
+    scale, offset = (
+        np.array(numbers, dtype=np.float32)[:, None, None] for numbers in (modality.scale, modality.offset)
+    )
+    return np.asarray(values, dtype=np.float32) * scale + offset
+
+
+def enlarge(mask: NDArray[np.bool_], cell: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """`mask` [h, w] with each entry drawn as `cell` x `cell` pixels, cut off at the border of `shape` (H, W).
+
+    Raises:
+        ValueError: so many cells do not cover the shape.
+    """
+    if mask.shape != tuple(-(-pixels // cell) for pixels in shape):
+        raise ValueError(f"mask {mask.shape} in cells of {cell} pixels does not cover {shape}; give the right `cell`")
+    return mask.repeat(cell, 0).repeat(cell, 1)[: shape[0], : shape[1]]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Per channel of a picture, the values [channels] that become black and full colour."""
+
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
+
+    @staticmethod
+    def of(modality: Modality, values: NDArray[Any], valid: NDArray[np.bool_]) -> Stretch:
+        """2nd and 98th percentile of the valid pixels of each channel; the clip range where there is none."""
+        channels = _channels(modality, np.asarray(values, dtype=np.float32))
+        if not valid.any():
+            return Stretch(*(np.array([limit], dtype=np.float32) for limit in modality.clip))
+        low, high = np.percentile(channels[:, valid], (2, 98), axis=1).astype(np.float32)
+        return Stretch(low, np.maximum(high, low + 1e-4 * (modality.clip[1] - modality.clip[0])))
+
+
+def picture(
+    modality: Modality, values: NDArray[Any], valid: NDArray[np.bool_], stretch: Stretch | None = None
+) -> Picture:
+    """Physical `values` [C, H, W] as a colour picture [H, W, 3]; grey where not `valid` [H, W].
+
+    Optical: the sensor's true colour bands. Radar: VV, VH and their ratio. Elevation: shaded relief. The stretch is
+    that of the valid pixels, unless one is given (to show two arrays in the same colours).
+    """
+    values = np.asarray(values, dtype=np.float32)
+    stretch = stretch or Stretch.of(modality, values, valid)
+    channels = _channels(modality, values)
+    shape = (-1, 1, 1)
+    image = (channels - stretch.low.reshape(shape)) / (stretch.high - stretch.low).reshape(shape)
+    image = image.clip(0, 1) ** (0.7 if SENSORS[modality.sensor].kind == "optical" else 1)  # clouds leave land dark
+    image = np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0)
+    return np.where(valid[..., None], image, np.float32(GREY)).astype(np.float32)
+
+
+def _channels(modality: Modality, values: Picture) -> Picture:
+    """The one or three channels [1 or 3, H, W] that show `values` [C, H, W] best."""
+    sensor = SENSORS[modality.sensor]
+    bands = [modality.bands.index(name) for name in sensor.rgb if name in modality.bands]
+    if sensor.kind == "elevation":
+        return _relief(values[0])[None]
+    if len(bands) == 3:
+        return values[bands]
+    if len(bands) == 2:  # two polarisations in dB: their difference is the ratio of the powers
+        return np.stack([values[bands[0]], values[bands[1]], values[bands[0]] - values[bands[1]]])
+    return values[:1]
+
+
+def _relief(height: Picture) -> Picture:
+    """Shade [H, W] of a surface in metres, lit from the upper left."""
+    down, right = np.gradient(height)
+    return np.asarray(right + down, dtype=np.float32)
+
+
+def confusion(matrix: NDArray[Any], classes: Classes) -> bytes:
+    """The confusion matrix [K, K] (rows true, columns predicted), in percent of each true class."""
+    counts = np.asarray(matrix, dtype=np.float64)
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = 2.2 + 0.62 * len(counts)
+    figure, axes = _figure(size + 0.6, size)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    names = [_plain(name) for name in classes.names]
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="true")
+    for (row, column), value in np.ndenumerate(share):
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > 60 else "black")
+    return _png(figure)
+
+
+def class_bars(scores: Mapping[str, NDArray[Any]], classes: Classes, title: str = "IoU (%)") -> bytes:
+    """Bars per class for each way of training: the mean over seeds, and the standard deviation as a line.
+
+    Args:
+        scores: name -> [S, K], NaN where a class is absent.
+        classes: the K classes.
+        title: what the numbers are.
+    """
+    figure, axes = _figure(9, 3.8)
+    places, width = np.arange(len(classes.names)), 0.8 / max(1, len(scores))
+    for number, (name, values) in enumerate(scores.items()):
+        present = np.ma.masked_invalid(np.asarray(values, dtype=np.float64))
+        mean, spread = present.mean(0).filled(0), present.std(0).filled(0)
+        shift = (number - (len(scores) - 1) / 2) * width
+        axes.bar(places + shift, mean, width, yerr=spread, capsize=2, label=_plain(name))
+    axes.set_xticks(places, [_plain(name) for name in classes.names], rotation=30, ha="right")
+    axes.set(ylabel=title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    return _png(figure)
+
+
+def maps(images: Mapping[str, NDArray[Any]], classes: Classes) -> bytes:
+    """Maps and pictures of one area side by side, with a legend of the classes.
+
+    Args:
+        images: title -> class numbers [H, W], or a colour picture [H, W, 3].
+        classes: names and colours; pixels that are no class are grey.
+    """
+    figure = Figure(figsize=(4.2 * len(images), 5), layout="constrained")
+    for axes, (title, image) in zip(figure.subplots(1, len(images), squeeze=False)[0], images.items(), strict=True):
+        step = -(-max(image.shape[:2]) // LARGEST)
+        thin = image[::step, ::step]
+        _show(axes, thin if image.ndim == 3 else coloured(thin, classes), title)
+    patches = [
+        Patch(color=(colour[0] / 255, colour[1] / 255, colour[2] / 255), label=_plain(name))
+        for name, colour in zip(classes.names, classes.palette, strict=True)
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(8, len(patches)), frameon=False)
+    return _png(figure)
+
+
+def coloured(numbers: NDArray[Any], classes: Classes) -> Picture:
+    """Class numbers [H, W] as a picture in the colours of the classes; other numbers grey."""
+    table = np.full((256, 3), GREY, dtype=np.float32)
+    table[: len(classes.palette)] = np.array(classes.palette, dtype=np.float32) / 255
+    return table[np.asarray(numbers, dtype=np.uint8)]
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _show(axes: Axes, image: NDArray[Any], title: str) -> None:
+    axes.imshow(image, interpolation="nearest")
+    axes.set_title(_plain(title), fontsize=9)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _plain(text: str) -> str:
+    """`text` as it is, also where it holds the dollar signs that matplotlib reads as formulas."""
+    return text.replace("$", r"\$")
+
+
+def _png(figure: Figure) -> bytes:
+    """The figure as a PNG file; equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

@@ -45,9 +45,7 @@ def scenes(archive: Path, sensor: str) -> dict[str, Path]:
     """Place -> path of its scene of `sensor`, the scene to predict left out."""
     rows = catalog(archive)
     return {
-        row["place"]: archive / row["href"]
-        for row in rows
-        if row["sensor"] == sensor and row["split"] != "predict"
+        row["place"]: archive / row["href"] for row in rows if row["sensor"] == sensor and row["split"] != "predict"
     }
 
 
@@ -128,14 +126,10 @@ def test_radar_lies_on_another_grid_and_partly_in_another_crs(archive: Path) -> 
 
 
 def test_edges_clouds_and_gaps_are_there_but_not_everywhere(archive: Path) -> None:
-    empty = {
-        place: float((read(path) == 0).all(0).mean()) for place, path in scenes(archive, "s2-l1c").items()
-    }
+    empty = {place: float((read(path) == 0).all(0).mean()) for place, path in scenes(archive, "s2-l1c").items()}
     gaps = {place: float(np.isnan(read(path)).mean()) for place, path in scenes(archive, "s1").items()}
     unknown = {place: float((read(path) == 255).mean()) for place, path in scenes(archive, "label").items()}
-    clouds = {
-        place: float((read(path)[1] > 4500).mean()) for place, path in scenes(archive, "s2-l1c").items()
-    }
+    clouds = {place: float((read(path)[1] > 4500).mean()) for place, path in scenes(archive, "s2-l1c").items()}
     for shares in (empty, gaps, unknown, clouds):
         assert 2 <= sum(share > 0.01 for share in shares.values()) <= PLACES - 2
         assert max(shares.values()) < 0.6
@@ -157,16 +151,12 @@ def test_radar_and_label_agree_to_a_pixel_on_every_kind_of_grid(archive: Path) -
         if np.isnan(decibels).any() or not 0.02 < water.mean() < 0.6:
             continue
         contrast = {
-            (dy, dx): decibels[np.roll(water, (dy, dx), (0, 1))].mean()
-            for dy in range(-3, 4)
-            for dx in range(-3, 4)
+            (dy, dx): decibels[np.roll(water, (dy, dx), (0, 1))].mean() for dy in range(-3, 4) for dx in range(-3, 4)
         }
         darkest = min(contrast, key=lambda shift: float(contrast[shift]))
         assert np.abs(darkest).max() <= 1, place
         with rasterio.open(path) as sar:
-            checked.add(
-                sar.crs.to_epsg() == 4326 or str(sar.crs) == site(0, int(place[-3:]), SIZE).region.crs
-            )
+            checked.add(sar.crs.to_epsg() == 4326 or str(sar.crs) == site(0, int(place[-3:]), SIZE).region.crs)
     assert checked == {True, False}
 
 
@@ -245,19 +235,14 @@ def pixels(archive: Path) -> dict[str, dict[str, Array]]:
             continue
         label = read(archive / place / "label.tif")[0]
         optical, sar = read(path).astype(np.float32), on_grid_of(archive / place / "s1.tif", path)
-        chosen = rng.choice(
-            np.flatnonzero(label != CLASSES.ignore), 1500 if splits[place] == "train" else 6000
-        )
+        chosen = rng.choice(np.flatnonzero(label != CLASSES.ignore), 1500 if splits[place] == "train" else 6000)
         both = np.concatenate([optical, sar])
         inputs = {"optical": optical, "sar": sar, "both": both}
         inputs["neighbours"] = np.concatenate([both, mean_of_neighbours(both)])
         for name, image in inputs.items():
             parts[splits[place]][name].append(image.reshape(len(image), -1)[:, chosen].T)
         parts[splits[place]]["class"].append(label.ravel()[chosen])
-    return {
-        split: {name: np.concatenate(arrays) for name, arrays in kinds.items()}
-        for split, kinds in parts.items()
-    }
+    return {split: {name: np.concatenate(arrays) for name, arrays in kinds.items()} for split, kinds in parts.items()}
 
 
 @pytest.fixture(scope="module")
@@ -265,9 +250,7 @@ def miou(pixels: dict[str, dict[str, Array]]) -> dict[str, float]:
     """Mean IoU on unseen places of a per-pixel classifier, for each kind of input."""
     found = {}
     for name in ("optical", "sar", "both", "neighbours"):
-        model = HistGradientBoostingClassifier(
-            max_iter=40, learning_rate=0.2, max_leaf_nodes=15, random_state=0
-        )
+        model = HistGradientBoostingClassifier(max_iter=40, learning_rate=0.2, max_leaf_nodes=15, random_state=0)
         model.fit(pixels["train"][name], pixels["train"]["class"])
         guess = model.predict(pixels["test"][name])
         found[name] = float(jaccard_score(pixels["test"]["class"], guess, average="macro"))
@@ -303,7 +286,5 @@ def test_what_one_sensor_confuses_the_other_tells_apart(
 ) -> None:
     train = pixels["train"]
     clear = (train["optical"][:, 1] > 0) & (train["optical"][:, 1] < 2500)
-    found = {
-        name: effect(train[name][clear], train["class"][clear], one, other).max() for name in (better, worse)
-    }
+    found = {name: effect(train[name][clear], train["class"][clear], one, other).max() for name in (better, worse)}
     assert found[better] > 1.5 * found[worse]

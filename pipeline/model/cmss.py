@@ -187,13 +187,9 @@ def loss(
     """
     bands = [image.shape[1] for image in images.values()]
     if recon.shape[1] != sum(bands):
-        raise ValueError(
-            f"the reconstruction has {recon.shape[1]} channels, the images {bands} in sum {sum(bands)}"
-        )
+        raise ValueError(f"the reconstruction has {recon.shape[1]} channels, the images {bands} in sum {sum(bands)}")
     parts = {}
-    for (name, image), predicted in zip(
-        images.items(), torch.split_with_sizes(recon.float(), bands, 1), strict=True
-    ):
+    for (name, image), predicted in zip(images.items(), torch.split_with_sizes(recon.float(), bands, 1), strict=True):
         counted = _enlarge(blocks[name], BLOCK, valid[name].shape)  # [B, H, W]
         if profile == "default":
             counted = counted & valid[name]

@@ -71,9 +71,7 @@ class ModelConfig:
     def _check_stages(self) -> None:
         dims, depths = self.stage_dims, self.stage_depths
         if len(dims) != len(depths):
-            raise ValueError(
-                f"depths: {len(depths)} stages, but dims has {len(dims)}; give one number per stage"
-            )
+            raise ValueError(f"depths: {len(depths)} stages, but dims has {len(dims)}; give one number per stage")
         if len(dims) < 2:
             raise ValueError(f"dims: {list(dims)} is {len(dims)} stage; the decoder needs at least 2")
         if dims[0] < 2 or any(wide != 2 * narrow for narrow, wide in itertools.pairwise(dims)):

@@ -51,9 +51,7 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor, keys: Tensor | None) -> Tensor:
         """Bring x [B, ceil(h / 2), ceil(w / 2), 2 C] to the size of the skip [B, h, w, C] -> [B, h, w, C]."""
-        x = self.expand(x)[
-            :, : skip.shape[1], : skip.shape[2]
-        ]  # odd sizes were padded before they were merged
+        x = self.expand(x)[:, : skip.shape[1], : skip.shape[2]]  # odd sizes were padded before they were merged
         for block in self.blocks:
             x = block(x, keys)
         merged: Tensor = self.merge(torch.cat([x, skip], -1))
@@ -69,7 +67,9 @@ class Decoder(nn.Module):
         dims = config.stage_dims[-2::-1]  # from the second coarsest to the finest
         # The published ramp is laid over BLOCKS per stage, but the coarsest stage has no level: its end is
         # never used.
-        ramp = torch.linspace(0, config.decoder_drop_path, BLOCKS * len(config.stage_dims)).view(-1, BLOCKS)
+        ramp = torch.linspace(0, config.decoder_drop_path, BLOCKS * len(config.stage_dims), device="cpu").view(
+            -1, BLOCKS
+        )
         self.levels = nn.ModuleList(
             Level(dim, config.d_state, rates, scan) for dim, rates in zip(dims, ramp.tolist(), strict=False)
         )

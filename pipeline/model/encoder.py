@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         """For images of `bands` bands."""
         super().__init__()
         dims, depths = config.stage_dims, config.stage_depths
-        rates = torch.split_with_sizes(torch.linspace(0, config.encoder_drop_path, sum(depths)), depths)
+        rates = torch.split_with_sizes(torch.linspace(0, config.encoder_drop_path, sum(depths), device="cpu"), depths)
         self.patch_embed = PatchEmbed(bands, dims[0])
         self.stages = nn.ModuleList(
             Stage(dim, config.d_state, rate.tolist(), scan, last=dim == dims[-1])

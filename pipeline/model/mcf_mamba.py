@@ -25,9 +25,7 @@ from pipeline.model.ss2d import DropPath, StateSpace
 class MCFMamba(nn.Module):
     """Semantic segmentation or reconstruction from one to N co-registered modalities."""
 
-    def __init__(
-        self, config: ModelConfig, channels: Mapping[str, int], outputs: int, scan: str | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, channels: Mapping[str, int], outputs: int, scan: str | None = None) -> None:
         """Build the network with fresh weights, drawn from torch's global generator.
 
         Args:
@@ -42,23 +40,16 @@ class MCFMamba(nn.Module):
         """
         super().__init__()
         if not channels or min(channels.values()) < 1 or outputs < 1:
-            raise ValueError(
-                f"at least one modality, band and output is needed; got {dict(channels)} -> {outputs}"
-            )
+            raise ValueError(f"at least one modality, band and output is needed; got {dict(channels)} -> {outputs}")
         self.config, self.channels, self.outputs = config, dict(channels), outputs
         self.scan_backend = resolve(scan)
-        self.encoders = nn.ModuleDict(
-            {name: Encoder(config, n, self.scan_backend) for name, n in channels.items()}
-        )
+        self.encoders = nn.ModuleDict({name: Encoder(config, n, self.scan_backend) for name, n in channels.items()})
         self.fusion = nn.ModuleList(
-            Fusion(dim, config.d_state, list(channels), config.profile, self.scan_backend)
-            for dim in config.stage_dims
+            Fusion(dim, config.d_state, list(channels), config.profile, self.scan_backend) for dim in config.stage_dims
         )
         self.decoder = Decoder(config, self.scan_backend)
         self.head = nn.Conv2d(config.stage_dims[0], outputs, 1, bias=False)
-        for layer, drop_path in enumerate(
-            module for module in self.modules() if isinstance(module, DropPath)
-        ):
+        for layer, drop_path in enumerate(module for module in self.modules() if isinstance(module, DropPath)):
             drop_path.layer = layer
 
     @classmethod
@@ -118,9 +109,7 @@ class MCFMamba(nn.Module):
             return images[name], hidden.get(name)
         batch, height, width = size
         present = next(iter(images.values()))
-        mask = torch.ones(
-            batch, -(-height // PATCH), -(-width // PATCH), dtype=torch.bool, device=present.device
-        )
+        mask = torch.ones(batch, -(-height // PATCH), -(-width // PATCH), dtype=torch.bool, device=present.device)
         return present.new_zeros(batch, self.channels[name], height, width), mask
 
     def _check(self, images: Mapping[str, Tensor], hidden: Mapping[str, Tensor]) -> tuple[int, int, int]:
@@ -136,17 +125,13 @@ class MCFMamba(nn.Module):
             _check_image(name, image, self.channels[name], first.shape)
         batch, _, height, width = first.shape
         if min(height, width) < PATCH:
-            raise ValueError(
-                f"images are {height} x {width} pixels; at least one patch of {PATCH} x {PATCH} is needed"
-            )
+            raise ValueError(f"images are {height} x {width} pixels; at least one patch of {PATCH} x {PATCH} is needed")
         tokens = (batch, -(-height // PATCH), -(-width // PATCH))
         for name, mask in hidden.items():
             if mask.dtype != torch.bool:
                 raise TypeError(f"hidden[{name!r}] is {mask.dtype}; a bool tensor, True = hidden, is needed")
             if tuple(mask.shape) != tokens:
-                raise ValueError(
-                    f"hidden[{name!r}] is {tuple(mask.shape)}; these images have {tokens} tokens"
-                )
+                raise ValueError(f"hidden[{name!r}] is {tuple(mask.shape)}; these images have {tokens} tokens")
         return batch, height, width
 
     def no_weight_decay(self) -> set[str]:
@@ -156,9 +141,7 @@ class MCFMamba(nn.Module):
         """
         if self.config.profile == "paper":
             return set()
-        return {name for name, parameter in self.named_parameters() if parameter.dim() == 1} | set(
-            self._state_space()
-        )
+        return {name for name, parameter in self.named_parameters() if parameter.dim() == 1} | set(self._state_space())
 
     def precision(self) -> dict[str, torch.dtype]:
         """Data types of A_log, D, the bias of dt and the norms by parameter name.
@@ -181,8 +164,6 @@ def _check_image(name: str, image: Tensor, channels: int, first: torch.Size) -> 
     if image.dim() != 4 or image.shape[1] != channels:
         raise ValueError(f"images[{name!r}] is {tuple(image.shape)}; [B, {channels}, H, W] is needed")
     if image.shape[0] != first[0] or image.shape[2:] != first[2:]:
-        raise ValueError(
-            f"images[{name!r}] is {tuple(image.shape)}, another image {tuple(first)}: B, H, W must agree"
-        )
+        raise ValueError(f"images[{name!r}] is {tuple(image.shape)}, another image {tuple(first)}: B, H, W must agree")
     if torch.is_anomaly_enabled() and not bool(torch.isfinite(image).all()):
         raise ValueError(f"images[{name!r}] has values that are not finite; set invalid pixels to 0")

@@ -122,13 +122,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _build(path: Path, config: Mapping[str, Any], scan: str | None) -> MCFMamba:
     version = config.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ReleaseError(
-            f"{path} has format_version {version!r}, this program reads up to {FORMAT_VERSION}"
-        )
+        raise ReleaseError(f"{path} has format_version {version!r}, this program reads up to {FORMAT_VERSION}")
     try:
         fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in config["model"].items()
+            name: tuple(value) if isinstance(value, list) else value for name, value in config["model"].items()
         }
         channels = {str(name): int(bands) for name, bands in config["channels"]}
         outputs, structure = int(config["outputs"]), ModelConfig(**fields)

@@ -37,6 +37,12 @@ BACKENDS = {
 }
 
 
+def available(backend: str) -> bool:
+    """Whether the backend works here; one without conditions always does."""
+    module = importlib.import_module(BACKENDS[backend])
+    return bool(module.available()) if hasattr(module, "available") else True
+
+
 def resolve(backend: str | None) -> str:
     """Name of the backend that `ss2d_scan` will run; None chooses the fastest that works here.
 
@@ -86,9 +92,7 @@ def ss2d_scan(
         return function(*(tensor.to(dtype) for tensor in (x, delta, A, B, C, D, delta_bias)))
 
 
-def _check_shapes(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor
-) -> None:
+def _check_shapes(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor) -> None:
     if x.dim() != 4 or A.dim() != 3 or A.shape[0] != DIRECTIONS:
         raise ValueError(f"x must be [B, H, W, D] and A [4, D, N]; got {tuple(x.shape)} and {tuple(A.shape)}")
     pixels, channels, states = tuple(x.shape[:3]), x.shape[3], A.shape[2]
@@ -100,8 +104,6 @@ def _check_shapes(
         "D": (D, (DIRECTIONS, channels)),
         "delta_bias": (delta_bias, (DIRECTIONS, channels)),
     }
-    wrong = [
-        f"{name} {tuple(t.shape)}, not {shape}" for name, (t, shape) in expected.items() if t.shape != shape
-    ]
+    wrong = [f"{name} {tuple(t.shape)}, not {shape}" for name, (t, shape) in expected.items() if t.shape != shape]
     if wrong:
         raise ValueError(f"for x {tuple(x.shape)} these shapes do not fit: {'; '.join(wrong)}")

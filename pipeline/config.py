@@ -74,8 +74,10 @@ class BatchSize:
         micro = self.micro_batch or share
         if rest or micro < 1 or share % micro:
             fitting = [n for n in range(1, share + 1) if share % n == 0]
-            advice = f"write batch.micro_batch as one of {fitting}" if not rest else (
-                f"write batch.global_batch as a multiple of {ranks}, or start another number of ranks"
+            advice = (
+                f"write batch.micro_batch as one of {fitting}"
+                if not rest
+                else (f"write batch.global_batch as a multiple of {ranks}, or start another number of ranks")
             )
             raise ValueError(
                 f"batch.global_batch={self.global_batch} cannot be split over {ranks} ranks x "

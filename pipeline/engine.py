@@ -47,9 +47,7 @@ class State:
 class Engine:
     """A module in training. Call it like the module; then `backward` per micro-batch and `step` per global batch."""
 
-    def __init__(
-        self, module: nn.Module, optim: Optim, settings: EngineConfig, batch: BatchSize, ranks: Ranks
-    ) -> None:
+    def __init__(self, module: nn.Module, optim: Optim, settings: EngineConfig, batch: BatchSize, ranks: Ranks) -> None:
         """Hand `module`, which already holds its parameters, to DeepSpeed.
 
         Raises:
@@ -60,9 +58,7 @@ class Engine:
         self.micro_batch, self.accumulation = batch.split(ranks.world)
         self.ranks, self.zero = ranks, settings.zero
         self.device = device(ranks)
-        optimiser = torch.optim.AdamW(
-            parameter_groups(module, optim.weight_decay), lr=optim.lr, betas=optim.betas
-        )
+        optimiser = torch.optim.AdamW(parameter_groups(module, optim.weight_decay), lr=optim.lr, betas=optim.betas)
         config = deepspeed_config(optim, settings, batch, ranks.world)
         self._deepspeed = deepspeed.initialize(model=module.to(self.device), optimizer=optimiser, config=config)[0]
         self._optimiser = optimiser

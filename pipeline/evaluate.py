@@ -74,7 +74,8 @@ def fitting(checkpoint: Checkpoint, data: Contract) -> Contract:
 def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where a number comes from: checkpoint, its hash, its seed and the data it was trained on; None of a release."""
     known = {f"checkpoint_{name}": checkpoint.facts.get(name) for name in ("step", "seed", "fingerprint")}
-    return {"checkpoint": str(checkpoint.folder), "checkpoint_sha256": checkpoint.sha256, **known, "version": code_version()}
+    found = {"checkpoint": str(checkpoint.folder), "checkpoint_sha256": checkpoint.sha256}
+    return {**found, **known, "version": code_version()}
 
 
 def confusion_csv(matrix: NDArray[np.int64], names: tuple[str, ...]) -> str:

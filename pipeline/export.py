@@ -23,7 +23,9 @@ HEADLINE = ("mIoU", "OA", "mF1", "mAcc", "Kappa", "FWIoU")
 PROBE = (2, 64, 96)  # samples, height and width of the logits that are compared
 
 
-def export(run: str | Path, out: str | Path, *, evaluations: Sequence[str | Path] = (), licence: str = "unspecified") -> Path:
+def export(
+    run: str | Path, out: str | Path, *, evaluations: Sequence[str | Path] = (), licence: str = "unspecified"
+) -> Path:
     """Write the release of a run's newest checkpoint.
 
     Args:

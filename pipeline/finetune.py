@@ -87,7 +87,7 @@ def objective(ignore: int, seed: int) -> Objective:
 
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore: int) -> Tensor:
-    """Mean over each sample's labelled pixels: logits [B, K, H, W], label [B, H, W] -> [B]; 0 where none is labelled."""
+    """Mean over each sample's labelled pixels: logits [B, K, H, W], label [B, H, W] -> [B]; 0 without labels."""
     pixels = F.cross_entropy(logits.float(), label, ignore_index=ignore, reduction="none")  # [B, H, W]
     return pixels.sum((1, 2)) / (label != ignore).sum((1, 2)).clamp(min=1)
 
@@ -117,9 +117,7 @@ def validation(run: Run, engine: Engine, config: FinetuneConfig) -> Callable[[in
     def score(step: int) -> Mapping[str, Any]:
         if step % config.validate_every and step != config.steps:
             return {}
-        engine.module.eval()
         matrix = confusion(engine, selection, run.contract, engine.micro_batch, run.ranks, engine.device)
-        engine.module.train()
         names = run.contract.classes.names if run.contract.classes else ()
         return {f"val/{name}": value for name, value in scores(matrix, names).items()}
 

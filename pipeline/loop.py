@@ -82,9 +82,7 @@ def save(run: Run, engine: Engine, step: int) -> None:
     torch.distributed.barrier()
 
 
-def _step(
-    run: Run, engine: Engine, objective: Objective, batches: Iterator[Batch], step: int
-) -> dict[str, Any]:
+def _step(run: Run, engine: Engine, objective: Objective, batches: Iterator[Batch], step: int) -> dict[str, Any]:
     """One global batch and one update; the step's line for metrics.jsonl."""
     config, began, waited = run.config, time.monotonic(), 0.0
     sums: dict[str, Tensor] = {}

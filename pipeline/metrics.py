@@ -25,7 +25,8 @@ def confusion_matrix(predicted: Tensor, label: Tensor, classes: int, ignore: int
     counted = label != ignore
     truth, guess = label[counted], predicted[counted]
     if truth.numel() and (int(truth.min()) < 0 or int(truth.max()) >= classes):
-        raise ValueError(f"label codes {int(truth.min())}..{int(truth.max())}; classes are 0..{classes - 1}, or {ignore}")
+        codes = f"{int(truth.min())}..{int(truth.max())}"
+        raise ValueError(f"label codes {codes}; classes are 0..{classes - 1}, or {ignore}")
     return torch.bincount(truth * classes + guess, minlength=classes * classes).reshape(classes, classes)
 
 
@@ -62,7 +63,7 @@ def scores(matrix: NDArray[np.int64], names: Sequence[str]) -> Numbers:
 
 
 def _share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
-    """part / whole, NaN where the whole is 0."""
+    """Share of the whole, NaN where that is 0."""
     return np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
 
 

@@ -33,4 +33,4 @@ def learning_rate(optim: Optim, seen: int, total: int) -> float:
     progress = min(1.0, (seen - optim.warmup_samples) / max(1, total - optim.warmup_samples))
     if optim.schedule == "cosine":
         return optim.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return optim.lr * (1.0 - progress) ** POLY_POWER
+    return optim.lr * math.pow(1.0 - progress, POLY_POWER)

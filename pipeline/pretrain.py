@@ -9,21 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.batch import Batch
+from pipeline.batch import Batch, collate
 from pipeline.config import PretrainConfig
 from pipeline.dataset import training_batches
-from pipeline.loop import Objective, train
+from pipeline.engine import Engine
+from pipeline.figures import Reconstruction, reconstructions
+from pipeline.loop import Hook, Objective, train
 from pipeline.model import cmss
 from pipeline.model.keyed import hash64
 from pipeline.ranks import from_environment, init
-from pipeline.run import build_engine, build_model, open_run
+from pipeline.run import Run, build_engine, build_model, open_run
 from shards.contract import Contract
 from shards.manifest import select
 from shards.order import Use
 from shards.stream import Share, Stream
+
+PICTURES = 4  # samples drawn
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -47,7 +54,8 @@ def pretrain(config: PretrainConfig) -> Path:
     share = Share(config.batch.global_batch, ranks.world, ranks.rank)
     stream = Stream(selection, config.seed, config.lanes, share, start.step * config.batch.global_batch)
     batches = training_batches(stream, engine.micro_batch, run.contract, config.seed if config.augment else None)
-    train(run, engine, objective(config, run.contract), batches, start.step, [lambda _: {"io": stream.ledger}])
+    hooks = [lambda step: {"io": stream.ledger}, pictures(run, engine, config, stream)]
+    train(run, engine, objective(config, run.contract), batches, start.step, hooks)
     return run.folder
 
 
@@ -57,14 +65,62 @@ def objective(config: PretrainConfig, contract: Contract) -> Objective:
     Raises:
         ValueError: a weight names a modality that is not there.
     """
-    weights, settings, seed = config.cmss.weights, config.cmss, config.seed
+    weights = config.cmss.weights
     if unknown := [name for name in weights if name not in contract.sensors]:
         raise ValueError(f"cmss.weights: no modality {', '.join(unknown)}; there are {', '.join(contract.sensors)}")
 
     def losses(model: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        blocks = cmss.hide(cmss.presence(batch.valid), batch.positions, seed, settings.ratio, settings.strategy)
-        keys = hash64(seed, batch.positions, int(Use.DROP_PATH))
+        blocks = hidden_blocks(config, batch)
+        keys = hash64(config.seed, batch.positions, int(Use.DROP_PATH))
         recon = model(batch.values, cmss.hidden_tokens(blocks, batch.valid), keys)
         return cmss.loss(recon, batch.values, blocks, batch.valid, weights, config.model.profile)
 
     return losses
+
+
+def hidden_blocks(config: PretrainConfig, batch: Batch) -> dict[str, Tensor]:
+    """The blocks to hide, bool [B, Y, X] by modality; a function of the seed and the samples' positions."""
+    present = cmss.presence(batch.valid)
+    return cmss.hide(present, batch.positions, config.seed, config.cmss.ratio, config.cmss.strategy)
+
+
+def pictures(run: Run, engine: Engine, config: PretrainConfig, stream: Stream) -> Hook:
+    """A hook that draws RUN/pictures/step-NNNNNN.png every `pictures_every` steps and at the end.
+
+    The same few samples each time, hidden in the same places: input, what was visible, and the reconstruction.
+    """
+    count = len(stream.selection)
+    rows = sorted({count * i // PICTURES for i in range(PICTURES)})
+    keys = stream.selection.rows["key"].take(rows).to_pylist()
+
+    def draw(step: int) -> Mapping[str, object]:
+        if step == config.steps or (config.pictures_every and step % config.pictures_every == 0):
+            batch = collate([(stream.at(key), row) for key, row in zip(keys, rows, strict=True)], run.contract)
+            # On every rank, since the forward is collective under ZeRO 3.
+            drawn = reconstruct(engine, config, batch.to(engine.device))
+            if run.ranks.rank == 0:
+                path = run.folder / "pictures" / f"step-{step:06d}.png"
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(reconstructions(run.contract, drawn))
+        return {}
+
+    return draw
+
+
+@torch.no_grad()
+def reconstruct(model: Callable[..., Tensor], config: PretrainConfig, batch: Batch) -> list[Reconstruction]:
+    """What the model makes of every sample of a batch, with blocks hidden as in training."""
+    blocks = hidden_blocks(config, batch)
+    recon = model(batch.values, cmss.hidden_tokens(blocks, batch.valid)).float()
+    bands = [image.shape[1] for image in batch.values.values()]
+    outputs = dict(zip(batch.values, torch.split_with_sizes(recon, bands, 1), strict=True))
+
+    def sample(tensors: Mapping[str, Tensor], index: int) -> dict[str, NDArray[Any]]:
+        return {name: tensor[index].cpu().numpy() for name, tensor in tensors.items()}
+
+    return [
+        Reconstruction(
+            key, sample(batch.values, i), sample(batch.valid, i), sample(blocks, i), sample(outputs, i), cell=cmss.BLOCK
+        )
+        for i, key in enumerate(batch.keys)
+    ]

@@ -186,7 +186,7 @@ def transfer(model: nn.Module, parameters: Mapping[str, Tensor], origin: str) ->
     common = [name for name in parameters if name in own]
     wrong = [name for name in common if parameters[name].shape != own[name].shape]
     if wrong or not common:
-        reason = f"{wrong[0]} is {tuple(parameters[wrong[0]].shape)} there" if wrong else "no parameter has a name in common"
+        reason = f"{wrong[0]} is {tuple(parameters[wrong[0]].shape)} there" if wrong else "no name in common"
         raise checkpoint.CheckpointError(f"{origin} does not fit the model: {reason}; give it the same `model:`")
     with torch.no_grad():
         for name in common:

@@ -26,7 +26,12 @@ def classify(model: Callable[..., Tensor], batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def confusion(
-    model: Callable[..., Tensor], selection: Selection, contract: Contract, size: int, ranks: Ranks, device: torch.device
+    model: Callable[..., Tensor],
+    selection: Selection,
+    contract: Contract,
+    size: int,
+    ranks: Ranks,
+    device: torch.device,
 ) -> NDArray[np.int64]:
     """Confusion matrix int64 [K, K] (rows: truth) of every labelled pixel of the selection. Collective.
 
@@ -46,10 +51,10 @@ def confusion(
     count, ignore = len(contract.classes.names), contract.classes.ignore
     matrix = torch.zeros(count, count, dtype=torch.int64, device=device)
     for batch, counted in _equally_many(selection, contract, size, ranks):
-        if batch.label is None:
-            raise ValueError(f"samples without a label among {', '.join(batch.keys)}; write where.labelled=[true]")
         batch = batch.to(device)
         predicted = classify(model, batch).argmax(1)
+        if batch.label is None:
+            raise ValueError(f"samples without a label among {', '.join(batch.keys)}; write where.labelled=[true]")
         if counted:
             matrix += confusion_matrix(predicted, batch.label, count, ignore)
     if torch.distributed.is_initialized():

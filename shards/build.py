@@ -210,10 +210,11 @@ def _samples(
     config: ShardsConfig, items: Sequence[Item], left_out: Counter[str], skipped: list[str]
 ) -> Iterator[Sample]:
     for _, group in groupby(items, key=lambda item: item.place):
-        members = list(group)
+        members, poor = list(group), Counter[str]()
         try:
             # A place is read whole before any of it is written, so that a damaged file leaves nothing half done.
-            yield from list(_place_samples(config, members, left_out))
+            yield from list(_place_samples(config, members, poor))
+            left_out.update(poor)
         except SceneError as error:
             if config.on_error == "fail":
                 raise
@@ -294,7 +295,7 @@ def merge(config: ShardsConfig, planned: Plan | None = None) -> Path | str:
     left_out = sum((Counter(record.left_out) for record in records), Counter[str]())
     if rows.num_rows == 0:
         raise BuildError(f"{config.out}: no tile survived; left out: {dict(left_out) or 'none were planned'}")
-    skipped = [*planned.skipped, *(reason for record in records for reason in record.skipped)]
+    skipped = [*planned.skipped, *dict.fromkeys(reason for record in records for reason in record.skipped)]
     facts = _dataset_facts(config, planned, records, statistics, rows)
     write_manifest(store, rows, {**facts, "left_out": dict(left_out), "skipped": skipped})
     return config.out

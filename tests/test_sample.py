@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards.sample import Encoding, Sample, Tile, decode, decode_array, encode, encode_array
+from shards.statistics import measure, merge
+from shards.store import open_store
+from shards.write import write_shard
+from tests.small_dataset import make_sample
+
+ENCODINGS: list[Encoding] = ["blosc2-zstd", "blosc2-lz4", "npy"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_sample_comes_back_as_it_was(encoding: Encoding) -> None:
+    sample = make_sample(1)
+    again = decode(encode(sample, encoding))
+    assert (again.key, again.meta) == (sample.key, sample.meta)
+    for name, tile in sample.tiles.items():
+        np.testing.assert_array_equal(again.tiles[name].values, tile.values)
+        np.testing.assert_array_equal(again.tiles[name].valid, tile.valid)
+        assert again.tiles[name].values.dtype == tile.values.dtype
+    np.testing.assert_array_equal(again.label, sample.label)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)),
+    dtype=st.sampled_from(["u1", "u2", "i2", "f4", "f8"]),
+)
+@settings(max_examples=20)
+def test_arrays_of_any_shape_and_type(encoding: Encoding, shape: tuple[int, int, int], dtype: str) -> None:
+    values = (np.random.default_rng(0).random(shape) * 200).astype(dtype)
+    found = decode_array(encode_array(values, encoding), "npy" if encoding == "npy" else "b2nd")
+    np.testing.assert_array_equal(found, values)
+    assert found.dtype == values.dtype
+
+
+def test_only_the_modalities_asked_for_are_decoded() -> None:
+    members = encode(make_sample(1), "npy")
+    assert list(decode(members, ("dem",)).tiles) == ["dem"]
+    with pytest.raises(ValueError, match=r"no modality \['s2'\]; there are"):
+        decode(members, ("s2",))
+
+
+def test_foreign_and_damaged_members_are_named() -> None:
+    members = encode(make_sample(1), "blosc2-zstd")
+    with pytest.raises(ValueError, match=r"no \.json"):
+        decode({name: data for name, data in members.items() if not name.endswith("json")})
+    with pytest.raises(ValueError, match="not a readable b2nd"):
+        decode_array(b"abc", "b2nd")
+    with pytest.raises(ValueError, match="arrays end in"):
+        decode_array(b"abc", "tif")
+
+
+def test_bad_keys_and_unequal_sizes_are_refused() -> None:
+    tile = Tile(np.zeros((1, 4, 4)), np.ones((4, 4), bool))
+    with pytest.raises(ValueError, match=r"'a\.b'"):
+        Sample("a.b", {"s1": tile})
+    with pytest.raises(ValueError, match="one H x W"):
+        Sample("a", {"s1": tile, "dem": Tile(np.zeros((1, 5, 5)), np.ones((5, 5), bool))})
+
+
+def test_the_same_samples_give_the_same_bytes_and_a_plain_tar(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    samples = [make_sample(i) for i in range(4)]
+    records = [write_shard(samples, store, name, "blosc2-zstd") for name in ("a", "b")]
+    assert store.get("a.tar") == store.get("b.tar")
+    assert records[0].sha256 == hashlib.sha256(store.get("a.tar")).hexdigest()
+    with tarfile.open(fileobj=io.BytesIO(store.get("a.tar"))) as tar:
+        for row in records[0].rows:
+            for member in row["members"]:
+                file = tar.extractfile(member["name"])
+                assert file is not None
+                start = member["offset"]
+                assert file.read() == store.get("a.tar")[start : start + member["bytes"]]
+
+
+def test_webdataset_reads_the_tar(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    write_shard([make_sample(i) for i in range(3)], open_store(tmp_path), "shard-000000", "npy")
+    found = list(webdataset.WebDataset(str(tmp_path / "shard-000000.tar"), shardshuffle=False).decode())
+    assert [item["__key__"] for item in found] == [make_sample(i).key for i in range(3)]
+    np.testing.assert_array_equal(found[1]["s1.npy"], make_sample(1).tiles["s1"].values)
+
+
+def test_streamed_statistics_equal_those_of_all_pixels_together() -> None:
+    samples = [make_sample(i) for i in range(5)]
+    total: dict[str, object] = {}
+    for sample in samples:
+        total = merge(total, measure(sample))  # type: ignore[arg-type, assignment]
+    pixels = np.concatenate([s.tiles["s1"].values[:, s.tiles["s1"].valid] for s in samples], axis=1).clip(-25, 0)
+    found = total["s1"]
+    assert found.count == pixels.shape[1]  # type: ignore[attr-defined]
+    np.testing.assert_allclose(found.mean, pixels.mean(1, dtype=np.float64), rtol=1e-9)  # type: ignore[attr-defined]
+    np.testing.assert_allclose(found.std, pixels.std(1, dtype=np.float64), rtol=1e-9)  # type: ignore[attr-defined]
+    np.testing.assert_allclose(found.percentile(0.5, (-25, 0)), np.median(pixels, 1), atol=0.1)  # type: ignore[attr-defined]

@@ -18,24 +18,23 @@ def paths(height: int, width: int, device: torch.device | None = None) -> Tensor
 
 
 def scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor) -> Tensor:
-    """`pipeline.model.scan.ss2d_scan` by its definition, direction by direction and pixel by pixel."""
-    batch, height, width, channels = x.shape
-    flat = x.flatten(1, 2)  # [B, L, D]
-    step = F.softplus(delta + delta_bias).flatten(1, 2)  # [B, L, K, D]
-    y = torch.zeros_like(flat)
-    for k, path in enumerate(paths(height, width, x.device)):
-        inputs = (flat[:, path], step[:, path, k], B.flatten(1, 2)[:, path, k], C.flatten(1, 2)[:, path, k])
-        y = y.index_add(1, path, _sequence(*inputs, A[k]) + D[k] * inputs[0])
-    return y.view(batch, height, width, channels)
+    """`pipeline.model.scan.ss2d_scan` by its definition, pixel by pixel, the four directions side by side."""
+    path = paths(x.shape[1], x.shape[2], x.device).t()  # [L, K]
+    k = torch.arange(path.shape[1], device=x.device)
+    walked = x.flatten(1, 2)[:, path]  # [B, L, K, D]
+    step, B, C = (tensor.flatten(1, 2)[:, path, k] for tensor in (F.softplus(delta + delta_bias), B, C))
+    y = _recur(walked, step, A, B, C) + D * walked  # [B, L, K, D]
+    merged = torch.zeros_like(x.flatten(1, 2)).index_add(1, path.flatten(), y.flatten(1, 2))  # [B, L, D]
+    return merged.view(x.shape)
 
 
-def _sequence(x: Tensor, step: Tensor, B: Tensor, C: Tensor, A: Tensor) -> Tensor:
-    """One walk: x, step [B, L, D], B, C [B, L, N] in its order and A [D, N] -> C . h [B, L, D]."""
-    state = x.new_zeros(x.shape[0], *A.shape)  # [B, D, N]
+def _recur(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """In the order of the walk: x, step [B, L, K, D], B, C [B, L, K, N], A [K, D, N] -> C . h [B, L, K, D]."""
+    state = x.new_zeros(x.shape[0], *A.shape)  # [B, K, D, N]
     outputs = []
     # unbind, not indexing: its backward is one stack, while every index would make a full-size gradient
     for x_l, step_l, B_l, C_l in zip(x.unbind(1), step.unbind(1), B.unbind(1), C.unbind(1), strict=True):
-        drive = (step_l * x_l)[..., None] * B_l[:, None]  # [B, D, N]
+        drive = (step_l * x_l)[..., None] * B_l[..., None, :]  # [B, K, D, N]
         state = torch.exp(step_l[..., None] * A) * state + drive
-        outputs.append((state * C_l[:, None]).sum(-1))  # [B, D]
-    return torch.stack(outputs, 1)  # [B, L, D]
+        outputs.append((state * C_l[..., None, :]).sum(-1))  # [B, K, D]
+    return torch.stack(outputs, 1)  # [B, L, K, D]

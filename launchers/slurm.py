@@ -1,0 +1,168 @@
+"""A job on Slurm, through submitit: one task per rank, requeued at its time limit, going on where it was.
+
+What submitit does by itself is replaced in one point. Its handler of USR2 (sent before the time limit)
+requeues from inside of the signal handler, on rank 0 alone, while the other ranks are in the middle of a
+step; and TERM (sent by `scontrol requeue` and by preemption) it ignores. Here signals are only remembered
+(pipeline.signals): the ranks agree on a step, save, and end; then rank 0 requeues the job if USR2 was the
+cause. After TERM, Slurm itself knows what it wants.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.slurm.slurm import _make_sbatch_string
+
+from launchers.config import SlurmConfig
+from launchers.job import Job
+from pipeline import ranks
+from pipeline.signals import EXIT_STOPPED, Stopped, StopRequest
+
+PYTHON = f"{shlex.quote(sys.executable)} -P"
+
+
+class SlurmError(RuntimeError):
+    """Slurm is absent or refused the job; the message is Slurm's own."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every task of a Slurm job runs, each time it is started.
+
+    Attributes:
+        job: the work; raises Stopped after a signal and a save.
+        folder: of the job's logs, where requeues are counted.
+        max_requeues: how often the job may requeue itself.
+    """
+
+    job: Callable[[], object]
+    folder: Path
+    max_requeues: int
+
+    def __call__(self) -> str:
+        """Runs the job to its end, or to where it was told to stop.
+
+        Returns:
+            What the job returned, as text.
+
+        Raises:
+            SystemExit: after a stop. Only rank 0 exits with EXIT_STOPPED: srun ends a job at the first task
+            that
+                exits with anything but 0, and would do so while rank 0 still asks Slurm to requeue it.
+        """
+        with StopRequest() as stop:
+            try:
+                result = self.job()
+            except Stopped as stopped:
+                ranks.close()
+                print(f"stopped: {stopped}", flush=True)
+                environment = submitit.JobEnvironment()
+                if environment.global_rank > 0:
+                    raise SystemExit(0) from None
+                self._requeue(environment.job_id, stop)
+                raise SystemExit(EXIT_STOPPED) from None
+        ranks.close()
+        return str(result)
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """Returns what to run next, for a USR2 that comes before `__call__` has begun: the same."""
+        return submitit.helpers.DelayedSubmission(self)
+
+    def _requeue(self, job_id: str, stop: StopRequest) -> None:
+        """Puts the job back into the queue if its time limit stopped it, unless too often already."""
+        deadline = time.monotonic() + 5  # another rank may have heard of it first
+        while not stop.requested and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if signal.SIGUSR2 not in stop.signals:
+            return
+        counter = self.folder / f"{job_id}.requeues"
+        done = int(counter.read_text()) if counter.exists() else 0
+        if done >= self.max_requeues:
+            print(f"not requeued: {done} times is max_requeues. Submit again to go on", flush=True)
+            return
+        counter.write_text(str(done + 1))
+        subprocess.run(["scontrol", "requeue", job_id], check=True)
+
+
+def submit(config: Any, slurm: SlurmConfig, folder: Path) -> str:
+    """Submits a stage to Slurm.
+
+    Args:
+        config: of the stage.
+        slurm: what to ask Slurm for.
+        folder: for the batch script and the logs; must be visible to all nodes.
+
+    Returns:
+        The job id.
+
+    Raises:
+        SlurmError: there is no Slurm here, or it refused the job.
+        ValueError: the folder's name holds a pattern of Slurm's.
+    """
+    return submit_job(Job(config), slurm, folder, name=f"mcf-{config.stage}")
+
+
+def submit_job(job: Callable[[], object], slurm: SlurmConfig, folder: Path, name: str = "mcf") -> str:
+    """Submits any picklable job; otherwise like `submit`."""
+    folder = _checked(folder)
+    if shutil.which("sbatch") is None:
+        raise SlurmError("there is no sbatch here; submit where Slurm's commands are, such as a login node")
+    try:
+        executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=slurm.max_requeues, python=PYTHON)
+        executor.update_parameters(**_parameters(slurm, name))
+        return str(executor.submit(Task(job, folder, slurm.max_requeues)).job_id)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise SlurmError(f"Slurm refused the job: {error}") from error
+
+
+def script(config: Any, slurm: SlurmConfig, folder: Path) -> str:
+    """Returns the batch script that `submit` would hand to sbatch; needs no Slurm."""
+    command = f"{PYTHON} -u -m submitit.core._submit {shlex.quote(str(_checked(folder)))}"
+    parameters = _parameters(slurm, f"mcf-{config.stage}")
+    return _make_sbatch_string(command=command, folder=_checked(folder), **parameters)
+
+
+def _checked(folder: Path) -> Path:
+    """Returns the folder, absolute; ValueError where Slurm would replace a part of it, such as %j."""
+    if "%" in str(folder):
+        raise ValueError(f"{folder}: Slurm replaces patterns that begin with %; give a folder without %")
+    return folder.expanduser().absolute()
+
+
+def _parameters(slurm: SlurmConfig, name: str) -> dict[str, Any]:
+    """Returns submitit's parameters; what is None is left to the cluster."""
+    asked = {
+        "job_name": name,
+        "nodes": slurm.nodes,
+        "ntasks_per_node": slurm.tasks_per_node,
+        "gpus_per_node": slurm.gpus_per_node or None,
+        "cpus_per_task": slurm.cpus_per_task,
+        "mem": f"{round(slurm.mem_gb * 1024)}MB" if slurm.mem_gb else None,
+        "time": slurm.time_min,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "signal_delay_s": slurm.signal_delay_s,
+        "setup": [*_environment(), *slurm.setup],
+        # srun does not inherit sbatch's cores per task since Slurm 22.05.
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={slurm.cpus_per_task}"],
+        "additional_parameters": {"requeue": True},
+    }
+    return {key: value for key, value in asked.items() if value is not None}
+
+
+def _environment() -> list[str]:
+    """Returns shell lines: the ranks import this very code, and inherit no place among other ranks."""
+    code = shlex.quote(str(Path(__file__).resolve().parents[1]))
+    place = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
+    return [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}", f"unset {place}"]

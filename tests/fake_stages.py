@@ -1,0 +1,106 @@
+"""Small stages to launch in tests; `python -m tests.fake_stages NAME FOLDER --parent PID` is a rank of one."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launchers.job import run_rank
+from pipeline import ranks
+from pipeline.signals import Stopped, StopRequest
+
+
+@dataclass(frozen=True)
+class AddUp:
+    """Trains nothing: in every step the ranks add up their numbers; goes on from the step in its folder.
+
+    Attributes:
+        folder: gets `steps.jsonl`, a line per step, and `saved`, the number of steps done.
+        steps: of the whole run.
+        seconds: a step takes.
+    """
+
+    folder: Path
+    steps: int
+    seconds: float
+
+    def __call__(self) -> Path:
+        """Runs to the end; raises Stopped after a signal."""
+        import torch
+
+        place = ranks.from_environment()
+        ranks.init(place)
+        saved = self.folder / "saved"
+        start = int(saved.read_text()) if saved.exists() else 0
+        with StopRequest() as stop:
+            for step in range(start, self.steps):
+                total = torch.tensor(place.rank + 1)
+                if place.world > 1:
+                    torch.distributed.all_reduce(total)
+                time.sleep(self.seconds)
+                if place.rank == 0:
+                    self._write({"step": step, "sum": int(total), "world": place.world, "from": start})
+                if ranks.agree(stop.requested) and step + 1 < self.steps:
+                    if place.rank == 0:
+                        saved.write_text(str(step + 1))
+                    ranks.agree(False)  # nobody leaves before it is saved
+                    raise Stopped(f"after step {step}")
+        return self.folder
+
+    def _write(self, line: dict[str, int]) -> None:
+        with (self.folder / "steps.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def steps(folder: Path) -> list[dict[str, int]]:
+    """Returns what AddUp wrote."""
+    path = folder / "steps.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@dataclass(frozen=True)
+class Fails:
+    """Rank 1 raises when all are there; the others wait until they are told to stop, or, if stubborn, killed."""
+
+    folder: Path
+    stubborn: bool = False
+
+    def __call__(self) -> None:
+        """Raises RuntimeError in rank 1."""
+        place = ranks.from_environment()
+        rank = place.rank
+        print(f"hello from rank {rank}")
+        if self.stubborn:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (self.folder / f"pid-{rank}").write_text(str(os.getpid()))
+        while rank == 1 and len(list(self.folder.glob("pid-*"))) < place.world:
+            time.sleep(0.05)
+        if rank == 1:
+            raise RuntimeError("no such luck")
+        with StopRequest() as stop:
+            while self.stubborn or not stop.requested:
+                time.sleep(0.05)
+
+
+def main() -> int:
+    """Runs one rank of a stage; returns its exit code."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--parent", type=int)
+    given = parser.parse_args()
+    stages: dict[str, Callable[[], object]] = {
+        "adds-up": AddUp(given.folder, steps=40, seconds=0.1),
+        "fails": Fails(given.folder),
+        "fails-stubbornly": Fails(given.folder, stubborn=True),
+    }
+    return run_rank(stages[given.name], given.parent)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

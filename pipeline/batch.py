@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shards.contract import Contract, Modality
+from shards.contract import Contract, ContractError, Modality
 from shards.sample import Sample, Tile
 
 
@@ -50,17 +50,19 @@ def collate(items: Sequence[tuple[Sample, int]], contract: Contract) -> Batch:
     """Stack and normalise (sample, position) pairs for the modalities of `contract`.
 
     Raises:
-        ValueError: samples of different sizes, or one that lacks a modality (absent data is a tile without a valid
+        ContractError: samples of different sizes, or one that lacks a modality (absent data is a tile without a valid
             pixel, never a missing name).
     """
     samples = [sample for sample, _ in items]
     for sample in samples:
         if missing := [name for name in contract.sensors if name not in sample.tiles]:
-            raise ValueError(f"sample {sample.key} has no {', '.join(missing)}; it has {', '.join(sample.tiles)}")
+            raise ContractError(f"sample {sample.key} has no {', '.join(missing)}; it has {', '.join(sample.tiles)}")
     first = contract.sensors[0]
     sizes = {sample.tiles[first].valid.shape for sample in samples}
     if len(sizes) != 1:
-        raise ValueError(f"samples of several sizes in one batch: {sorted(sizes)}; build the shards with one tile size")
+        raise ContractError(
+            f"samples of several sizes in one batch: {sorted(sizes)}; build the shards with one tile size"
+        )
     labels = [sample.label for sample in samples if sample.label is not None]
     whole = len(labels) == len(samples)
     return Batch(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
+from configs import ConfigError
 from pipeline.model.config import ModelConfig
 from shards.contract import Normalisation
 
@@ -68,7 +69,7 @@ class BatchSize:
         """(micro_batch, accumulation) on this many ranks.
 
         Raises:
-            ValueError: the global batch cannot be cut that way.
+            ConfigError: the global batch cannot be cut that way.
         """
         share, rest = divmod(self.global_batch, ranks)
         micro = self.micro_batch or share
@@ -79,7 +80,7 @@ class BatchSize:
                 if not rest
                 else (f"write batch.global_batch as a multiple of {ranks}, or start another number of ranks")
             )
-            raise ValueError(
+            raise ConfigError(
                 f"batch.global_batch={self.global_batch} cannot be split over {ranks} ranks x "
                 f"batch.micro_batch={self.micro_batch} x a whole accumulation; {advice}"
             )
@@ -125,7 +126,8 @@ class Training:
     checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints; the last is always saved")
     keep: int = Field(default=3, ge=1, description="newest checkpoints that are kept")
     normalise: Normalisation = Field(
-        default="range", description="inputs by clip range or by statistics; a start's own contract comes first"
+        default="statistics",
+        description="inputs by statistics of the dataset or by clip range (the paper); a start's own contract comes first",
     )
     augment: bool = Field(default=True, description="flips and quarter turns")
 

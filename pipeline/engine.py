@@ -31,6 +31,10 @@ from pipeline.ranks import Ranks, device
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class PrecisionError(TypeError):
+    """A parameter that must be float32 is not."""
+
+
 @dataclass(frozen=True)
 class State:
     """What an engine must remember: fp32 on the CPU, by parameter name.
@@ -51,8 +55,8 @@ class Engine:
         """Hand `module`, which already holds its parameters, to DeepSpeed.
 
         Raises:
-            ValueError: the global batch cannot be split over the ranks.
-            TypeError: a parameter is not fp32 afterwards.
+            ConfigError: the global batch cannot be split over the ranks.
+            PrecisionError: a parameter is not fp32 afterwards.
         """
         deepspeed = _import_deepspeed()
         self.micro_batch, self.accumulation = batch.split(ranks.world)
@@ -187,11 +191,11 @@ def guard_precision(module: nn.Module) -> None:
     """Refuse a module with any parameter (A, D, the bias of dt and norms above all) that is not fp32.
 
     Raises:
-        TypeError: names the first such parameter and its type.
+        PrecisionError: names the first such parameter and its type.
     """
     for name, parameter in module.named_parameters():
         if parameter.dtype != torch.float32:
-            raise TypeError(
+            raise PrecisionError(
                 f"{name} became {parameter.dtype}: parameters must stay float32 and bf16 comes from autocast; write "
                 "engine.precision=bf16 and take the key that casts the model out of engine.deepspeed"
             )

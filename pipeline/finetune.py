@@ -77,7 +77,7 @@ def objective(ignore: int, seed: int) -> Objective:
 
     def losses(model: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         if batch.label is None:
-            raise ValueError(f"no label in some of {', '.join(batch.keys)}")
+            raise ConfigError(f"no label in some of {', '.join(batch.keys)}")
         keys = hash64(seed, batch.positions, int(Use.DROP_PATH))
         logits = model(batch.values, hidden_tokens({}, batch.valid), keys)
         parts = {"ce": cross_entropy(logits, batch.label, ignore), "dice": dice(logits, batch.label, ignore)}

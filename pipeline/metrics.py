@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shards.contract import ContractError
+
 Numbers = dict[str, float | list[str] | int | None]
 
 
@@ -20,13 +22,13 @@ def confusion_matrix(predicted: Tensor, label: Tensor, classes: int, ignore: int
     """Count pixels: predicted and label int64 of one shape -> int64 [classes, classes]; `ignore` pixels are left out.
 
     Raises:
-        ValueError: a label code that is neither a class nor `ignore`.
+        ContractError: a label code that is neither a class nor `ignore`.
     """
     counted = label != ignore
     truth, guess = label[counted], predicted[counted]
     if truth.numel() and (int(truth.min()) < 0 or int(truth.max()) >= classes):
         codes = f"{int(truth.min())}..{int(truth.max())}"
-        raise ValueError(f"label codes {codes}; classes are 0..{classes - 1}, or {ignore}")
+        raise ContractError(f"label codes {codes}; classes are 0..{classes - 1}, or {ignore}")
     return torch.bincount(truth * classes + guess, minlength=classes * classes).reshape(classes, classes)
 
 
@@ -37,13 +39,13 @@ def scores(matrix: NDArray[np.int64], names: Sequence[str]) -> Numbers:
     classes that are absent from truth and prediction.
 
     Raises:
-        ValueError: the matrix is empty.
+        ContractError: the matrix is empty.
     """
     counts = matrix.astype(np.float64)
     total, hits = counts.sum(), np.diag(counts)
     truth, guess = counts.sum(1), counts.sum(0)
     if total == 0:
-        raise ValueError("no labelled pixel was counted; check `where` and the label's ignore value")
+        raise ContractError("no labelled pixel was counted; check `where` and the label's ignore value")
     iou, recall = _share(hits, truth + guess - hits), _share(hits, truth)
     f1, chance = _share(2 * hits, truth + guess), float(truth @ guess) / total**2
     accuracy = hits.sum() / total

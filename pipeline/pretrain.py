@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from configs import ConfigError
 from pipeline.batch import Batch, collate
 from pipeline.config import PretrainConfig
 from pipeline.dataset import training_batches
@@ -63,11 +64,11 @@ def objective(config: PretrainConfig, contract: Contract) -> Objective:
     """The loss of CMSS on a batch, and its part of every modality.
 
     Raises:
-        ValueError: a weight names a modality that is not there.
+        ConfigError: a weight names a modality that is not there.
     """
     weights = config.cmss.weights
     if unknown := [name for name in weights if name not in contract.sensors]:
-        raise ValueError(f"cmss.weights: no modality {', '.join(unknown)}; there are {', '.join(contract.sensors)}")
+        raise ConfigError(f"cmss.weights: no modality {', '.join(unknown)}; there are {', '.join(contract.sensors)}")
 
     def losses(model: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         blocks = hidden_blocks(config, batch)

@@ -10,6 +10,7 @@ The order of starting is one list, for pretraining and finetuning alike:
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -88,7 +89,8 @@ def open_run(config: Training, selection: Selection, ranks: Ranks, named: str | 
     source = own or (checkpoint.find(named) if named else None)
     contract = selection.contract.normalised(config.normalise)
     contract = adopt(source.contract, contract) if source else contract
-    log.info("%s starts from %s", config.run, source.folder if source else "scratch")
+    if ranks.rank == 0:
+        print(f"{config.run} starts from {source.folder if source else 'scratch'}", file=sys.stderr)
     return Run(Path(config.run), config, contract, selection.fingerprint, ranks), Start(source, own is not None)
 
 

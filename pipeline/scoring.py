@@ -14,7 +14,7 @@ from pipeline.dataset import micro_batches, read_ahead
 from pipeline.metrics import confusion_matrix
 from pipeline.model.cmss import hidden_tokens
 from pipeline.ranks import Ranks
-from shards.contract import Contract
+from shards.contract import Contract, ContractError
 from shards.manifest import Selection
 from shards.stream import Share, Stream
 
@@ -44,17 +44,17 @@ def confusion(
         device: of the model.
 
     Raises:
-        ValueError: the contract has no classes, or a sample no label.
+        ContractError: the contract has no classes, or a sample no label.
     """
     if contract.classes is None:
-        raise ValueError("the data have no classes: scoring needs labelled samples")
+        raise ContractError("the data have no classes: scoring needs labelled samples")
     count, ignore = len(contract.classes.names), contract.classes.ignore
     matrix = torch.zeros(count, count, dtype=torch.int64, device=device)
     for batch, counted in _equally_many(selection, contract, size, ranks):
         batch = batch.to(device)
         predicted = classify(model, batch).argmax(1)
         if batch.label is None:
-            raise ValueError(f"samples without a label among {', '.join(batch.keys)}; write where.labelled=[true]")
+            raise ContractError(f"samples without a label among {', '.join(batch.keys)}; write where.labelled=[true]")
         if counted:
             matrix += confusion_matrix(predicted, batch.label, count, ignore)
     if torch.distributed.is_initialized():

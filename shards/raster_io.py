@@ -61,6 +61,12 @@ def write_geotiff(
     os.replace(temporary, path)
 
 
+def read_classes(path: Path) -> NDArray[np.uint8]:
+    """The first band of a raster of classes, [H, W]."""
+    with rasterio.open(path) as raster:
+        return np.asarray(raster.read(1), np.uint8)
+
+
 def to_cog(source: Path, target: Path, *, tags: Mapping[str, str] | None = None) -> None:
     """Copy a GeoTIFF to a Cloud-Optimised GeoTIFF with overviews (nearest for classes, average otherwise).
 

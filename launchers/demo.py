@@ -1,0 +1,142 @@
+"""`mcf demo`: the whole pipeline on a made-up archive, with what every stage really does, in minutes on two cores.
+
+Archive -> shards -> CMSS pretraining by two processes -> finetuning from the pretrained weights and from scratch on
+the same few labels, with the same budget and seeds -> evaluation on places never seen -> map of one unseen scene ->
+report and release. Every step is an ordinary stage with an ordinary preset, and finds what it finished before, so that
+a second call goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from time import monotonic
+from typing import Any
+
+from tqdm import tqdm
+
+import configs
+from launchers.local import launch
+from pipeline.signals import EXIT_STOPPED
+
+SEEDS = (0, 1, 2)
+ARMS = ("scratch", "pretrained")
+PROCESSES = 2
+
+
+class DemoError(RuntimeError):
+    """A step of the demo failed; the message says which and where its log is."""
+
+
+def demo(out: Path) -> int:
+    """Run everything that is not finished yet under `out`.
+
+    Returns:
+        0, or the exit code for "stopped as asked, can go on".
+
+    Raises:
+        DemoError: a stage failed.
+        BuildError: `out` holds something else than an earlier demo.
+    """
+    began = monotonic()
+    print(f"The demo writes everything under {out}. A second call goes on where one stopped.")
+    make_data(out)
+    folders = [write_config(out, config) for config in (pretraining(out), *trainings(out), *evaluations(out))]
+    for title, jobs in (
+        ("3 pretrain: CMSS on the unlabeled training places", folders[:1]),
+        (f"4 finetune {len(SEEDS)} x {' and '.join(ARMS)}, and evaluate on places never seen", folders[1:]),
+    ):
+        _say(began, title)
+        code = launch(["launchers.job", *map(str, jobs)], PROCESSES, out / "runs" / "logs")
+        if code == EXIT_STOPPED:
+            return code
+        if code:
+            raise DemoError(f"step {title} ended with code {code}; its log: {out / 'runs' / 'logs' / 'rank-0.log'}")
+    from launchers import demo_report
+
+    _say(began, "5 predict: a map of one unseen scene")
+    demo_report.predict_scene(out, out / "runs" / run_name(ARMS[1], SEEDS[0]))
+    _say(began, "6 export: the finetuned model as a release")
+    export_release(out)
+    _say(began, "7 report")
+    scores = demo_report.write(out, SEEDS, ARMS)
+    print(verdict(scores, out / "report.html"))
+    return 0
+
+
+def _say(began: float, title: str) -> None:
+    print(f"[{monotonic() - began:4.0f} s] {title}", flush=True)
+
+
+def make_data(out: Path) -> None:
+    """Steps 1 and 2: the archive, and a dataset of verified shards."""
+    from shards.build import build
+    from shards.synthetic import make_archive
+    from shards.verify import verify
+
+    print("1 archive: made-up scenes of Sentinel-2, Sentinel-1 and elevation, with labels", flush=True)
+    with tqdm(desc="archive", unit="place", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        make_archive(out / "archive", progress=progress)
+    print("2 shards: tiles on the grid of Sentinel-2, in WebDataset tars", flush=True)
+    data = str(out / "data")
+    if not (out / "data" / "dataset.json").exists():
+        build(configs.load("demo-shards", [f"archive.root={out / 'archive'}", f"out={data}"]))
+    if problems := verify(data):
+        raise DemoError(f"{data} is damaged; remove it and run the demo again: {problems[0]}")
+
+
+def pretraining(out: Path) -> Any:
+    """Config of the pretraining run."""
+    return configs.load("demo-pretrain", [f"run={out / 'runs' / 'pretrain'}", f"data={out / 'data'}"])
+
+
+def run_name(arm: str, seed: int) -> str:
+    """Folder name of one finetuning run."""
+    return f"finetune-{arm}-{seed}"
+
+
+def trainings(out: Path) -> Iterator[Any]:
+    """Configs of all finetuning runs: equal but for the seed (which also chooses the labels) and the start."""
+    base = configs.load("demo-finetune", [f"data={out / 'data'}"])
+    for seed in SEEDS:
+        for arm in ARMS:
+            start = None if arm == "scratch" else str(out / "runs" / "pretrain")
+            yield replace(base, run=str(out / "runs" / run_name(arm, seed)), seed=seed, checkpoint=start)
+
+
+def evaluations(out: Path) -> Iterator[Any]:
+    """Configs of the evaluations of all finetuning runs on the test places."""
+    for config in trainings(out):
+        raw = {"stage": "evaluate", "run": f"{config.run}-test", "checkpoint": config.run, "data": config.data}
+        yield configs.parse({**raw, "sensors": list(config.sensors), "micro_batch": 16})
+
+
+def write_config(out: Path, config: Any) -> Path:
+    """The config as a file, for the processes that run it."""
+    path = out / "runs" / "configs" / f"{Path(config.run).name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(configs.dump(config), encoding="utf-8")
+    return path
+
+
+def export_release(out: Path) -> None:
+    """Step 6: the pretrained and finetuned model of the first seed as a release folder with its evaluation."""
+    from pipeline.export import export
+
+    run = out / "runs" / run_name(ARMS[1], SEEDS[0])
+    shutil.rmtree(out / "release", ignore_errors=True)  # a folder that this demo made, from the same run
+    export(run, out / "release", evaluations=[f"{run}-test"], licence="Apache-2.0")
+
+
+def verdict(scores: dict[str, list[float]], report: Path) -> str:
+    """The demo's last line, whichever arm wins."""
+    parts = [f"{arm} {mean(values):.1f} +- {stdev(values):.1f}" for arm, values in scores.items()]
+    return f"mIoU {', '.join(parts)} ({len(SEEDS)} seeds), report {report}"

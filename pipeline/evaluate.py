@@ -21,11 +21,11 @@ from pipeline.config import EvaluateConfig
 from pipeline.metrics import scores
 from pipeline.ranks import device, from_environment, init
 from pipeline.run import CONFIG, adopt, code_version
-from pipeline.scoring import confusion
+from pipeline.scoring import METRICS, confusion
 from shards.contract import Contract, ContractError
 from shards.manifest import select
 
-METRICS, CONFUSION = "metrics.json", "confusion.csv"
+CONFUSION = "confusion.csv"
 
 
 def evaluate(config: EvaluateConfig) -> Path:

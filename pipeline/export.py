@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint import Checkpoint, CheckpointError, find
-from pipeline.evaluate import METRICS
 from pipeline.model.mcf_mamba import MCFMamba
 from pipeline.model.release import save
+from pipeline.scoring import METRICS
 
 HEADLINE = ("mIoU", "OA", "mF1", "mAcc", "Kappa", "FWIoU")
 PROBE = (2, 64, 96)  # samples, height and width of the logits that are compared

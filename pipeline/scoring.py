@@ -18,6 +18,8 @@ from shards.contract import Contract, ContractError
 from shards.manifest import Selection
 from shards.stream import Share, Stream
 
+METRICS = "metrics.json"  # in the run folder of an evaluation
+
 
 def classify(model: Callable[..., Tensor], batch: Batch) -> Tensor:
     """Logits [B, K, H, W] of a batch; tokens without a valid pixel are hidden from the model."""

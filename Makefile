@@ -1,0 +1,46 @@
+# The two commands of the README are `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: demo test check suite services stop-services bench clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/mcf demo
+
+test: check suite
+
+# Linters and type checks.
+check: $(VENV)/.test
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+# The tests; those that need a real Slurm or S3 server run if `make services` was called before, and are listed if not.
+suite: $(VENV)/.test
+	$(VENV)/bin/pytest --cov --cov-report=term:skip-covered
+
+# Root on Debian: installs and starts the real Slurm and S3 server of the tests.
+services: $(VENV)/.test
+	$(VENV)/bin/python -m tests.services start
+
+stop-services: $(VENV)/.test
+	$(VENV)/bin/python -m tests.services stop
+
+bench: $(VENV)/.test
+	$(VENV)/bin/python -m benchmarks
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -q -c constraints.txt -e '.[test]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) demo

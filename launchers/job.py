@@ -1,6 +1,6 @@
 """A job: a stage and its config, as one value that can be called, pickled and sent elsewhere.
 
-`python -m launchers.job CONFIG.yaml` runs one rank of it, whose place comes from the environment.
+`python -m launchers.job CONFIG.yaml ...` runs one rank of one or more, whose place comes from the environment.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run_rank(job: Callable[[], object], parent: int | None = None) -> int:
         try:
             job()
         except Stopped as stopped:
-            print(f"stopped: {stopped}", file=sys.stderr)
+            print(stopped, file=sys.stderr)
             code = EXIT_STOPPED
         except (Exception, KeyboardInterrupt):
             traceback.print_exc()
@@ -88,12 +88,12 @@ def _stop_without(parent: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one rank of the job in a config file; returns the exit code."""
-    parser = argparse.ArgumentParser("python -m launchers.job", description="Run one rank of a stage.")
-    parser.add_argument("config", help="file or preset")
+    """Runs one rank of the jobs in config files, one after the other; returns the exit code."""
+    parser = argparse.ArgumentParser("python -m launchers.job", description="Run one rank of one or more stages.")
+    parser.add_argument("configs", nargs="+", help="files or presets")
     parser.add_argument("--parent", type=int, help="process id of the launcher, to end with it")
     given = parser.parse_args(arguments)
-    return run_rank(lambda: Job(configs.load(given.config))(), given.parent)
+    return run_rank(lambda: [Job(configs.load(source))() for source in given.configs], given.parent)
 
 
 if __name__ == "__main__":

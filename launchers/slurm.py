@@ -66,7 +66,7 @@ class Task:
                 result = self.job()
             except Stopped as stopped:
                 ranks.close()
-                print(f"stopped: {stopped}", flush=True)
+                print(stopped, flush=True)
                 environment = submitit.JobEnvironment()
                 if environment.global_rank > 0:
                     raise SystemExit(0) from None

@@ -49,7 +49,7 @@ class AddUp:
                     if place.rank == 0:
                         saved.write_text(str(step + 1))
                     ranks.agree(False)  # nobody leaves before it is saved
-                    raise Stopped(f"after step {step}")
+                    raise Stopped(f"stopped after step {step}")
         return self.folder
 
     def _write(self, line: dict[str, int]) -> None:

@@ -61,7 +61,7 @@ def test_a_signal_stops_all_and_a_second_launch_goes_on(tmp_path: Path) -> None:
     first.send_signal(signal.SIGTERM)
     _, said = first.communicate(timeout=60)
     assert first.returncode == EXIT_STOPPED, said
-    assert "stopped: after step" in said
+    assert "stopped after step" in said
     done = len(steps(tmp_path))
     assert 3 <= done < 40
     second = start("adds-up", tmp_path)

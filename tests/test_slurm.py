@@ -117,7 +117,7 @@ def test_requeued_by_slurm_it_goes_on(slurm: Cluster, tmp_path: Path, monkeypatc
     assert len({line["from"] for line in lines}) == 2, "it was not resumed"
     assert slurm.facts(job_id)["Restarts"] == "1"
     assert slurm.facts(job_id)["NumNodes"] == "2"
-    assert slurm.logs(job_id).count("stopped: after step") == 2, "both ranks say so, and logs are appended"
+    assert slurm.logs(job_id).count("stopped after step") == 2, "both ranks say so, and logs are appended"
 
 
 @pytest.mark.slurm

@@ -103,9 +103,7 @@ def _start_time(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def run(
-    command: Sequence[str | Path], environment: Mapping[str, str] | None = None, seconds: float = 900
-) -> str:
+def run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None, seconds: float = 900) -> str:
     """Runs a command to its end and returns its stdout.
 
     Args:

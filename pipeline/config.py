@@ -127,7 +127,7 @@ class Training:
     keep: int = Field(default=3, ge=1, description="newest checkpoints that are kept")
     normalise: Normalisation = Field(
         default="statistics",
-        description="inputs by statistics of the dataset or by clip range (the paper); a start's own contract comes first",
+        description="by statistics or by clip range (the paper's); a start keeps its own",
     )
     augment: bool = Field(default=True, description="flips and quarter turns")
 

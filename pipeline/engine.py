@@ -60,7 +60,7 @@ class Engine:
         """
         deepspeed = _import_deepspeed()
         self.micro_batch, self.accumulation = batch.split(ranks.world)
-        self.ranks, self.zero = ranks, settings.zero
+        self.ranks, self.zero, self._added = ranks, settings.zero, 0
         self.device = device(ranks)
         optimiser = torch.optim.AdamW(parameter_groups(module, optim.weight_decay), lr=optim.lr, betas=optim.betas)
         config = deepspeed_config(optim, settings, batch, ranks.world)
@@ -82,17 +82,19 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch's mean loss; over ranks and accumulation the mean is taken."""
         self._deepspeed.backward(loss)
-        if not self._deepspeed.is_gradient_accumulation_boundary():
+        self._added += 1
+        if self._added < self.accumulation:
             self._deepspeed.step()
 
     def step(self, lr: float) -> float:
         """Update the parameters at learning rate `lr` after the last micro-batch; the gradient's norm before clipping.
 
         Raises:
-            RuntimeError: fewer micro-batches than the accumulation asks for.
+            RuntimeError: not as many micro-batches as the accumulation asks for.
         """
-        if not self._deepspeed.is_gradient_accumulation_boundary():
-            raise RuntimeError(f"step() before all {self.accumulation} micro-batches of the global batch")
+        if self._added != self.accumulation:
+            raise RuntimeError(f"step() after {self._added} of the global batch's {self.accumulation} micro-batches")
+        self._added = 0
         for group in self._optimiser.param_groups:
             group["lr"] = lr
         norm = self._plain_norm() if self.zero == 0 else None

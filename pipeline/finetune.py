@@ -45,6 +45,8 @@ def finetune(config: FinetuneConfig) -> Path:
     init(ranks)
     selection = labelled(config)
     run, start = open_run(config, selection, ranks, config.checkpoint)
+    if start.step == config.steps:
+        return run.folder
     classes = selection.contract.classes
     if classes is None:
         raise ConfigError(f"data: {config.data} has no classes; finetuning needs labelled samples")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 METRICS = "metrics.jsonl"
-CONSOLE_SECONDS = 2.0  # between progress lines where the console cannot overwrite them
+CONSOLE_SECONDS = 5.0  # between progress lines where the console cannot overwrite them
 
 
 class Journal:

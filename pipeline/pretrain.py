@@ -50,6 +50,8 @@ def pretrain(config: PretrainConfig) -> Path:
     # A pretrained model has no classes, whatever labels lie beside its samples.
     selection = replace(selection, contract=replace(selection.contract, classes=None))
     run, start = open_run(config, selection, ranks, config.start)
+    if start.step == config.steps:
+        return run.folder
     model = build_model(run, start, sum(run.contract.channels.values()))
     engine = build_engine(run, start, model)
     share = Share(config.batch.global_batch, ranks.world, ranks.rank)

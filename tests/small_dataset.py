@@ -31,7 +31,7 @@ CONTRACT = Contract(
 
 
 def make_sample(number: int, size: int = 32, labelled: bool = True) -> Sample:
-    """Three land covers in stripes; s1 tells them apart, the DEM only the third; a corner is invalid, another unlabelled."""
+    """Three covers in stripes: s1 tells them apart, the DEM only the third; one corner invalid, one unlabelled."""
     rng = np.random.default_rng(number)
     label = ((np.arange(size)[:, None] + np.arange(size) + 8 * number) // 12 % 3).astype(np.uint8)
     valid = np.ones((size, size), bool)
@@ -48,7 +48,7 @@ def make_sample(number: int, size: int = 32, labelled: bool = True) -> Sample:
 
 
 def write_dataset(folder: Path, samples: int = 16, size: int = 32, contract: Contract = CONTRACT) -> str:
-    """A dataset of two shards in `folder`; half of it split train, a quarter val, a quarter test. Returns its address."""
+    """A dataset of two shards in `folder`, half of it split train, a quarter val, a quarter test; its address."""
     store, tables = open_store(str(folder)), []
     for index in range(2):
         name = f"small-{index:06d}"

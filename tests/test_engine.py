@@ -1,0 +1,151 @@
+"""One launch of 2 ranks, without a compiler on PATH, makes the runs that these tests compare."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from configs import ConfigError
+from launchers.local import launch
+from pipeline.config import BatchSize, EngineConfig, Optim
+from pipeline.engine import Engine, PrecisionError, deepspeed_config, guard_precision
+from pipeline.optim import learning_rate
+from pipeline.pretrain import pretrain
+from pipeline.ranks import Ranks, init
+from tests.golden import FOLDER
+from tests.small_dataset import write_dataset
+from tests.training_scenarios import STOP, config
+
+SAME = 2e-6  # relative: other partitions and world sizes add up in another order
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engine")
+    write_dataset(folder / "data")
+    nowhere = {"PATH": str(folder / "bin"), "TORCH_EXTENSIONS_DIR": str(folder / "built"), "OMP_NUM_THREADS": "1"}
+    with mock.patch.dict(os.environ, nowhere):
+        assert shutil.which("g++") is None and shutil.which("ninja") is None
+        code = launch(["tests.training_scenarios", str(folder)], 2, folder / "logs")
+    assert code == 0
+    assert not (folder / "built").exists(), "an operator was compiled"
+    with mock.patch("pipeline.pretrain.pictures", lambda *_: lambda step: {}):
+        pretrain(config(folder, "alone"))
+        pretrain(config(folder, "alone-from-two"))
+    return folder
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_losses_change_so_that_equality_means_something(runs: Path) -> None:
+    values = losses(runs / "whole")
+    assert len(set(values)) == len(values)
+    assert values[-1] < 0.9 * values[0]
+
+
+@pytest.mark.parametrize("other", ["alone", "accumulated", "zero0", "zero2", "zero3"])
+def test_ranks_accumulation_and_zero_stage_change_nothing(runs: Path, other: str) -> None:
+    assert losses(runs / other) == pytest.approx(losses(runs / "whole"), rel=SAME)
+
+
+def test_resume_is_exact(runs: Path) -> None:
+    assert losses(runs / "resumed") == losses(runs / "whole")
+
+
+@pytest.mark.parametrize("other", ["zero0-from-1", "zero3-from-1", "alone-from-two"])
+def test_a_checkpoint_goes_on_under_another_zero_stage_or_world(runs: Path, other: str) -> None:
+    assert losses(runs / other)[:STOP] == losses(runs / "whole")[:STOP]
+    assert losses(runs / other) == pytest.approx(losses(runs / "whole"), rel=SAME)
+
+
+def test_bf16_computes_otherwise_but_keeps_every_parameter_and_moment_in_fp32(runs: Path) -> None:
+    assert losses(runs / "bf16") != pytest.approx(losses(runs / "whole"), rel=SAME)
+    assert losses(runs / "bf16") == pytest.approx(losses(runs / "whole"), rel=2e-2)
+    newest = runs / "bf16" / "checkpoints" / (runs / "bf16" / "latest").read_text().strip()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        tensors = load_file(newest / name)
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    # Values that bf16 could not hold: nothing was rounded on the way.
+    assert any((tensor != tensor.bfloat16().float()).any() for tensor in tensors.values())
+
+
+def test_guard_names_a_parameter_that_is_not_fp32() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2).bfloat16())
+    with pytest.raises(PrecisionError, match=r"1\.weight became torch\.bfloat16"):
+        guard_precision(module)
+
+
+def test_guard_catches_what_deepspeed_casts() -> None:
+    casting = {"train_batch_size": 1, "bf16": {"enabled": True}}  # the config would refuse this key
+    with (
+        mock.patch("pipeline.engine.deepspeed_config", lambda *_: casting),
+        pytest.raises(PrecisionError, match="weight became"),
+    ):
+        _engine(EngineConfig())
+
+
+def _engine(settings: EngineConfig, accumulation: int = 1) -> Engine:
+    init(Ranks())
+    batch = BatchSize(global_batch=accumulation, micro_batch=1)
+    return Engine(nn.Linear(3, 2), Optim(), settings, batch, Ranks())
+
+
+def test_step_before_all_micro_batches_is_refused() -> None:
+    engine = _engine(EngineConfig(), accumulation=2)
+    engine.backward(engine(torch.ones(1, 3)).mean())
+    with pytest.raises(RuntimeError, match="after 1 of the global batch's 2"):
+        engine.step(1e-3)
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_gradient_norm_is_that_before_clipping(zero: int) -> None:
+    engine = _engine(EngineConfig(zero=zero))
+    engine.backward(100 * engine(torch.ones(1, 3)).sum())
+    # d/dw = 100 for 6 weights and 2 biases.
+    assert engine.step(0.0) == pytest.approx(100 * 8**0.5, rel=1e-5)
+
+
+def test_users_deepspeed_keys_pass_and_ours_are_refused() -> None:
+    settings = EngineConfig(
+        zero=2, deepspeed={"zero_optimization": {"reduce_bucket_size": 7}, "prescale_gradients": True}
+    )
+    built = deepspeed_config(Optim(), settings, BatchSize(global_batch=12, micro_batch=2), 3)
+    assert built["zero_optimization"] == {"reduce_bucket_size": 7, "stage": 2}
+    assert built["prescale_gradients"] is True
+    assert built["gradient_accumulation_steps"] == 2
+    with pytest.raises(ValueError, match=r"zero_optimization\.stage is decided by engine\.zero"):
+        EngineConfig(deepspeed={"zero_optimization": {"stage": 3}})
+
+
+def test_impossible_batches_are_refused_with_the_numbers() -> None:
+    assert BatchSize(global_batch=12, micro_batch=2).split(3) == (2, 2)
+    assert BatchSize(global_batch=12).split(3) == (4, 1)
+    with pytest.raises(ConfigError, match=r"global_batch=12 .* 2 ranks x batch.micro_batch=4 .* one of \[1, 2, 3, 6\]"):
+        BatchSize(global_batch=12, micro_batch=4).split(2)
+    with pytest.raises(ConfigError, match="multiple of 5"):
+        BatchSize(global_batch=12).split(5)
+
+
+def test_learning_rate_is_that_of_the_published_code() -> None:
+    cases = json.loads((FOLDER / "units.json").read_text())["poly_lr"].values()
+    for case in cases:
+        warmup = case["warmup_epochs"] * case["iters_per_epoch"]
+        optim = Optim(lr=case["base_lr"], schedule="poly", warmup_samples=2 * warmup)
+        total = len(case["lr"])
+        mine = [learning_rate(optim, 2 * step, 2 * total) for step in range(total)]
+        assert mine == pytest.approx(case["lr"], rel=1e-6)
+
+
+def test_cosine_schedule() -> None:
+    optim = Optim(lr=1.0, schedule="cosine", warmup_samples=10)
+    assert [learning_rate(optim, seen, 110) for seen in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1, 0.5, 0])

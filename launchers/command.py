@@ -254,11 +254,11 @@ def _on_slurm(parsed: argparse.Namespace, config: Any) -> int:
     import configs
     from launchers import slurm
 
-    where = configs.load(parsed.slurm)
+    where, folder = configs.load(parsed.slurm), Path(config.run) / "logs"
     if parsed.dry_run:
-        print(slurm.script(config, where))
+        print(slurm.script(config, where, folder))
         return 0
-    print(slurm.submit(config, where, Path(config.run)))
+    print(slurm.submit(config, where, folder))
     return 0
 
 

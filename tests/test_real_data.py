@@ -1,4 +1,4 @@
-"""Every stage on real Sentinel-2, Sentinel-1, elevation and land cover of three places in three UTM zones (TerraMesh)."""
+"""Every stage on real Sentinel-2, Sentinel-1, elevation and land cover: three places in three UTM zones (TerraMesh)."""
 
 from __future__ import annotations
 

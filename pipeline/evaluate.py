@@ -66,9 +66,7 @@ def fitting(checkpoint: Checkpoint, data: Contract) -> Contract:
     if model.classes is None or data.classes is None or model.classes.names != data.classes.names:
         names = [contract.classes.names if contract.classes else None for contract in (model, data)]
         raise ContractError(f"classes: the checkpoint {checkpoint.folder} has {names[0]}, the data have {names[1]}")
-    if unknown := [name for name in data.sensors if name not in model.sensors]:
-        raise ContractError(f"sensors: the checkpoint knows {', '.join(model.sensors)}, not {', '.join(unknown)}")
-    return adopt(model, data)
+    return adopt(model, data).restrict(data.sensors)
 
 
 def provenance(checkpoint: Checkpoint) -> dict[str, Any]:

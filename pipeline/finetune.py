@@ -53,7 +53,8 @@ def finetune(config: FinetuneConfig) -> Path:
     engine = build_engine(run, start, build_model(run, start, len(classes.names), new=HEAD))
     share = Share(config.batch.global_batch, ranks.world, ranks.rank)
     stream = Stream(selection, config.seed, config.lanes, share, start.step * config.batch.global_batch)
-    batches = training_batches(stream, engine.micro_batch, run.contract, config.seed if config.augment else None)
+    inputs = run.contract.restrict(selection.contract.sensors)
+    batches = training_batches(stream, engine.micro_batch, inputs, config.seed if config.augment else None)
     hooks = [validation(run, engine, config), lambda _: {"io": stream.ledger}]
     train(run, engine, objective(classes.ignore, config.seed), batches, start.step, hooks)
     return run.folder
@@ -115,11 +116,12 @@ def validation(run: Run, engine: Engine, config: FinetuneConfig) -> Callable[[in
         return lambda step: {}
     where = {**config.val_where, "labelled": [True]}
     selection = select(config.data, modalities=config.sensors, where=where)
+    inputs = run.contract.restrict(selection.contract.sensors)
 
     def score(step: int) -> Mapping[str, Any]:
         if step % config.validate_every and step != config.steps:
             return {}
-        matrix = confusion(engine, selection, run.contract, engine.micro_batch, run.ranks, engine.device)
+        matrix = confusion(engine, selection, inputs, engine.micro_batch, run.ranks, engine.device)
         names = run.contract.classes.names if run.contract.classes else ()
         return {f"val/{name}": value for name, value in scores(matrix, names).items()}
 

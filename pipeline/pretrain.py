@@ -52,6 +52,8 @@ def pretrain(config: PretrainConfig) -> Path:
     run, start = open_run(config, selection, ranks, config.start)
     if start.step == config.steps:
         return run.folder
+    if missing := [name for name in run.contract.sensors if name not in selection.contract.sensors]:
+        raise ConfigError(f"sensors: {config.start} was pretrained with {', '.join(missing)}, which the data lack")
     model = build_model(run, start, sum(run.contract.channels.values()))
     engine = build_engine(run, start, model)
     share = Share(config.batch.global_batch, ranks.world, ranks.rank)

@@ -87,8 +87,8 @@ def open_run(config: Training, selection: Selection, ranks: Ranks, named: str | 
     """
     own = own_checkpoint(config, selection.fingerprint, ranks)
     source = own or (checkpoint.find(named) if named else None)
-    contract = selection.contract.normalised(config.normalise)
-    contract = adopt(source.contract, contract) if source else contract
+    data = selection.contract
+    contract = adopt(source.contract, data) if source else data.normalised(config.normalise)
     if ranks.rank == 0:
         print(f"{config.run} starts from {source.folder if source else 'scratch'}", file=sys.stderr)
     return Run(Path(config.run), config, contract, selection.fingerprint, ranks), Start(source, own is not None)
@@ -131,22 +131,25 @@ def _check_same(folder: Path, old: Any, new: Training) -> None:
 
 
 def adopt(model: Contract, data: Contract) -> Contract:
-    """`data` with the order, offset and scale that `model` was trained with, for the modalities that both have.
+    """The contract `model` with the classes of `data`, after checking that it can read them.
+
+    The data may lack modalities: the network takes those as hidden.
 
     Raises:
-        ContractError: no modality in common, or bands, unit, clip or resolution differ; the message lists what.
+        ContractError: a modality that the model does not know, or bands, unit, clip or resolution differ.
     """
-    common = [name for name in model.sensors if name in data.sensors]
-    if not common:
-        raise ContractError(f"the data have {', '.join(data.sensors)}; the checkpoint knows {', '.join(model.sensors)}")
-    known = replace(model.restrict(common), classes=None)
-    if found := compare(known, replace(data.restrict(common), classes=None)):
+    if unknown := [name for name in data.sensors if name not in model.sensors]:
+        raise ContractError(
+            f"sensors: the checkpoint knows {', '.join(model.sensors)}, not {', '.join(unknown)}; choose among them "
+            "with sensors=[...], or start from scratch"
+        )
+    known = replace(model.restrict(data.sensors), classes=None)
+    if found := compare(known, replace(data, classes=None)):
         raise ContractError(
             f"the checkpoint (left) and the data (right) do not fit: {'; '.join(found)}. Build the data as the "
             "checkpoint expects them"
         )
-    new = tuple(modality for modality in data.modalities if modality.sensor not in common)
-    return replace(data, modalities=known.modalities + new)
+    return replace(model, classes=data.classes)
 
 
 def build_model(run: Run, start: Start, outputs: int, new: str = "") -> MCFMamba:

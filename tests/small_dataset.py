@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from shards.contract import Classes, Contract, Modality
 from shards.manifest import write_manifest
@@ -28,6 +32,13 @@ CONTRACT = Contract(
     classes=CLASSES,
     resolution=10.0,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For modules that train in their own process: no threads to fight over cores, and the environment restored."""
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        yield
 
 
 def make_sample(number: int, size: int = 32, labelled: bool = True) -> Sample:

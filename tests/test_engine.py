@@ -21,7 +21,7 @@ from pipeline.optim import learning_rate
 from pipeline.pretrain import pretrain
 from pipeline.ranks import Ranks, init
 from tests.golden import FOLDER
-from tests.small_dataset import write_dataset
+from tests.small_dataset import one_thread, write_dataset  # noqa: F401
 from tests.training_scenarios import STOP, config
 
 SAME = 2e-6  # relative: other partitions and world sizes add up in another order

@@ -22,7 +22,7 @@ from pipeline.model.config import ModelConfig
 from pipeline.ranks import Ranks, init
 from pipeline.run import Run
 from pipeline.signals import Stopped
-from tests.small_dataset import CONTRACT
+from tests.small_dataset import CONTRACT, one_thread  # noqa: F401
 from tests.training_scenarios import config
 
 STEPS, GLOBAL_BATCH, MICRO = 4, 4, 2

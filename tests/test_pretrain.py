@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from configs import ConfigError
+from pipeline import checkpoint, log
+from pipeline.batch import Batch, collate
+from pipeline.engine import Engine
+from pipeline.pretrain import hidden_blocks, objective, pretrain, reconstruct
+from pipeline.signals import Stopped
+from shards.stream import Stream
+from tests.small_dataset import CONTRACT, make_sample, one_thread, write_dataset  # noqa: F401
+from tests.training_scenarios import config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrain")
+    write_dataset(folder / "data")
+    return folder
+
+
+def batch(size: int = 96) -> Batch:
+    return collate([(make_sample(number, size), number) for number in range(4)], CONTRACT)
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    return pretrain(config(folder, "trained", steps=12, pictures_every=5))
+
+
+def test_the_loss_falls_and_has_a_part_per_modality(trained: Path) -> None:
+    lines = log.read(trained)
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["loss/s1"] + line["loss/dem"], rel=1e-5)
+    assert lines[-1]["io"]["samples"] >= 48
+
+
+def test_a_pretrained_checkpoint_has_no_classes_and_reconstructs_every_band(trained: Path) -> None:
+    found = checkpoint.find(trained)
+    assert found.contract.classes is None and found.contract.sensors == ("s1", "dem")
+    assert found.contract.modality("s1").offset == (-12.0, -14.0)  # normalise: statistics
+    assert found.build().outputs == 3
+
+
+def test_pictures_are_drawn_on_the_way_and_at_the_end(trained: Path) -> None:
+    pictures = sorted((trained / "pictures").iterdir())
+    assert [path.name for path in pictures] == ["step-000005.png", "step-000010.png", "step-000012.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_a_finished_run_is_left_as_it_is(folder: Path, trained: Path) -> None:
+    before = (trained / "metrics.jsonl").read_bytes()
+    with mock.patch.object(Engine, "step", side_effect=AssertionError("a step was made")):
+        assert pretrain(config(folder, "trained", steps=12, pictures_every=5)) == trained
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_start_takes_the_parameters_and_not_the_steps(folder: Path, trained: Path) -> None:
+    run = pretrain(config(folder, "started", start=str(trained), steps=2, optim={"lr": 1e-9}))
+    lines = log.read(run)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["loss"] < 0.7 * log.read(trained)[0]["loss"]
+    old, new = checkpoint.find(trained).state.parameters, checkpoint.find(run).state.parameters
+    assert all(torch.allclose(new[name], old[name], atol=1e-7) for name in old)
+
+
+def test_a_killed_run_goes_on_with_the_samples_it_would_have_had(folder: Path) -> None:
+    whole = log.read(pretrain(config(folder, "whole")))
+    seen: list[int] = []
+    original = Stream.__iter__
+
+    def watched(self: Stream) -> Any:
+        for sample, position in original(self):
+            seen.append(position)
+            yield sample, position
+
+    settings = config(folder, "killed", checkpoint_every=2)
+    save = checkpoint.save
+
+    def shoot(*arguments: Any) -> Path:
+        found = save(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    with mock.patch.object(checkpoint, "save", shoot), pytest.raises(Stopped):
+        pretrain(settings)
+    with mock.patch.object(Stream, "__iter__", watched):
+        pretrain(settings)
+    done = checkpoint.find(folder / "killed")
+    assert [line["loss"] for line in log.read(folder / "killed")] == [line["loss"] for line in whole]
+    assert min(seen) in (8, 12)  # nothing before the checkpoint of the stop was read again
+    assert done.step == len(whole)
+
+
+def test_masks_follow_seed_and_position_not_the_batch() -> None:
+    settings, samples = config(Path(), "run", seed=5), batch()
+    whole = hidden_blocks(settings, samples)
+    alone = hidden_blocks(settings, collate([(make_sample(2, 96), 2)], CONTRACT))
+    assert torch.equal(alone["s1"], whole["s1"][2:3])
+    other = hidden_blocks(replace(settings, seed=6), samples)
+    assert not torch.equal(other["s1"], whole["s1"])
+    assert torch.equal(whole["s1"], ~whole["dem"])  # two modalities, all present: complementary
+
+
+class Perfect:
+    """A model that returns its target with an error only where nothing was hidden."""
+
+    def __init__(self, target: Batch, blocks: dict[str, torch.Tensor]) -> None:
+        self.parts = []
+        for name, image in target.values.items():
+            hidden = blocks[name].repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
+            self.parts.append(image + 5.0 * ~hidden)
+
+    def __call__(self, *_: Any) -> torch.Tensor:
+        return torch.cat(self.parts, 1)
+
+
+def test_only_what_was_hidden_is_scored() -> None:
+    settings, samples = config(Path(), "run"), batch()
+    model = Perfect(samples, hidden_blocks(settings, samples))
+    losses, parts = objective(settings, CONTRACT)(model, samples)
+    assert losses.shape == (4,) and float(losses.abs().max()) < 1e-10 and set(parts) == {"s1", "dem"}
+
+
+def test_weights_scale_a_modality_and_unknown_ones_are_refused() -> None:
+    samples = batch()
+    model = lambda *_: torch.zeros(4, 3, 96, 96)  # noqa: E731
+    plain, parts = objective(config(Path(), "run"), CONTRACT)(model, samples)
+    weighted, _ = objective(config(Path(), "run", cmss={"weights": {"dem": 3.0}}), CONTRACT)(model, samples)
+    assert torch.allclose(weighted - plain, 2 * parts["dem"])
+    with pytest.raises(ConfigError, match=r"no modality s2; there are s1, dem"):
+        objective(config(Path(), "run", cmss={"weights": {"s2": 1.0}}), CONTRACT)
+
+
+def test_reconstructions_are_cut_by_modality() -> None:
+    settings, samples = config(Path(), "run"), batch()
+    found = reconstruct(Perfect(samples, hidden_blocks(settings, samples)), settings, samples)
+    assert [item.key for item in found] == samples.keys
+    assert found[1].output["s1"].shape == (2, 96, 96) and found[1].output["dem"].shape == (1, 96, 96)
+    hidden = found[1].hidden["dem"].repeat(32, 0).repeat(32, 1)
+    assert (found[1].output["dem"][0] == found[1].values["dem"][0])[hidden].all()

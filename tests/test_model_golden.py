@@ -17,13 +17,18 @@ from pipeline.model.decoder import Level, PatchExpand
 from pipeline.model.encoder import PatchMerging
 from pipeline.model.fusion import Fusion
 from pipeline.model.mcf_mamba import MCFMamba
-from pipeline.model.scan import BACKENDS, available
+from pipeline.model.scan import BACKENDS
 from pipeline.model.ss2d import VSSBlock
 from tests.golden import FOLDER, MODELS, Golden, part
+from tests.scan_backends import working
 
-WORKING = [name for name in BACKENDS if available(name)]
 # The plain loop only on the smallest model: it takes seconds a model, and the tests of the scan cover the rest.
-RUNS = [(name, scan) for name in MODELS for scan in WORKING if scan != "reference" or name == MODELS[0]]
+RUNS = [
+    pytest.param(name, *scan.values, marks=scan.marks, id=f"{name}-{scan.values[0]}")
+    for name in MODELS
+    for scan in working(list(BACKENDS))
+    if scan.values != ("reference",) or name == MODELS[0]
+]
 
 
 @functools.cache
@@ -149,7 +154,7 @@ def run_unit(name: str, module: nn.Module, inputs: list[Tensor]) -> Tensor:
     return out.permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("scan", WORKING)
+@pytest.mark.parametrize("scan", working(list(BACKENDS)))
 @pytest.mark.parametrize("name", UNITS)
 def test_unit(name: str, scan: str) -> None:
     g = golden("units")

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.model.scan import BACKENDS, available, resolve, ss2d_scan
+from pipeline.model.scan import BACKENDS, resolve, ss2d_scan
 from tests.golden import Golden
+from tests.scan_backends import working
 
 NAMES = ("x", "delta", "A", "B", "C", "D", "delta_bias")
-FAST = [name for name in BACKENDS if name != "reference" and available(name)]
+FAST = working([name for name in BACKENDS if name != "reference"])
 backends = pytest.mark.parametrize("backend", FAST)
 
 
@@ -109,10 +110,9 @@ def test_long_sequences(backend: str, shape: tuple[int, int, int, int]) -> None:
     compare(run(inputs, backend, torch.float32), run(inputs, "reference", torch.float64), y=5e-7, gradients=1e-6)
 
 
-@backends
-def test_float64(backend: str) -> None:
+def test_float64() -> None:
     inputs = make(2, 5, 4, 3)
-    compare(run(inputs, backend, torch.float64), run(inputs, "reference", torch.float64), y=1e-13, gradients=1e-12)
+    compare(run(inputs, "torch", torch.float64), run(inputs, "reference", torch.float64), y=1e-13, gradients=1e-12)
 
 
 @backends
@@ -226,6 +226,12 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 
 
 def test_unknown_backend_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="'cuda' does not exist; choose one of reference, torch"):
+    with pytest.raises(ValueError, match="'cuda' does not exist; choose one of cpp, torch, reference"):
         resolve("cuda")
-    assert resolve(None) in BACKENDS
+
+
+def test_the_choice_follows_device_and_dtype() -> None:
+    assert resolve(None) in ("cpp", "torch")
+    assert resolve(None, torch.device("cpu"), torch.float64) == "torch"
+    assert resolve(None, torch.device("cuda")) == "torch"
+    assert resolve("reference", torch.device("cuda")) == "reference", "a name is taken at its word"

@@ -18,7 +18,7 @@ from pipeline.model.config import ModelConfig
 from pipeline.model.decoder import Decoder
 from pipeline.model.encoder import PATCH, Encoder
 from pipeline.model.fusion import Fusion
-from pipeline.model.scan import resolve
+from pipeline.model.scan import check_name, resolve
 from pipeline.model.ss2d import DropPath, StateSpace
 
 
@@ -42,12 +42,12 @@ class MCFMamba(nn.Module):
         if not channels or min(channels.values()) < 1 or outputs < 1:
             raise ValueError(f"at least one modality, band and output is needed; got {dict(channels)} -> {outputs}")
         self.config, self.channels, self.outputs = config, dict(channels), outputs
-        self.scan_backend = resolve(scan)
-        self.encoders = nn.ModuleDict({name: Encoder(config, n, self.scan_backend) for name, n in channels.items()})
+        self.scan = check_name(scan)
+        self.encoders = nn.ModuleDict({name: Encoder(config, n, scan) for name, n in channels.items()})
         self.fusion = nn.ModuleList(
-            Fusion(dim, config.d_state, list(channels), config.profile, self.scan_backend) for dim in config.stage_dims
+            Fusion(dim, config.d_state, list(channels), config.profile, scan) for dim in config.stage_dims
         )
-        self.decoder = Decoder(config, self.scan_backend)
+        self.decoder = Decoder(config, scan)
         self.head = nn.Conv2d(config.stage_dims[0], outputs, 1, bias=False)
         for layer, drop_path in enumerate(module for module in self.modules() if isinstance(module, DropPath)):
             drop_path.layer = layer
@@ -133,6 +133,12 @@ class MCFMamba(nn.Module):
             if tuple(mask.shape) != tokens:
                 raise ValueError(f"hidden[{name!r}] is {tuple(mask.shape)}; these images have {tokens} tokens")
         return batch, height, width
+
+    @property
+    def scan_backend(self) -> str:
+        """Name of the scan backend that runs where the parameters are now."""
+        parameter = self.head.weight
+        return resolve(self.scan, parameter.device, torch.promote_types(parameter.dtype, torch.float32))
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay would pull away from where they mean something.

@@ -29,31 +29,45 @@ from torch import Tensor
 DIRECTIONS = 4
 ScanFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
-# Module of each backend; it holds `scan(x, delta, A, B, C, D, delta_bias)` and, if it may be missing,
-# `available()`.
+# Module of each backend, the fastest first. It holds `scan(x, delta, A, B, C, D, delta_bias)` and, if it has
+# conditions, `available()` on this machine and `supports(device, dtype)`.
 BACKENDS = {
-    "reference": "pipeline.model.scan_reference",
+    "cpp": "pipeline.model.scan_cpp",
     "torch": "pipeline.model.scan_torch",
+    "reference": "pipeline.model.scan_reference",
 }
 
 
+def check_name(backend: str | None) -> str | None:
+    """The name itself; ValueError if it is neither None nor a backend."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"scan backend {backend!r} does not exist; choose one of {', '.join(BACKENDS)}")
+    return backend
+
+
 def available(backend: str) -> bool:
-    """Whether the backend works here; one without conditions always does."""
+    """Whether the backend works on this machine; one without conditions always does."""
     module = importlib.import_module(BACKENDS[backend])
     return bool(module.available()) if hasattr(module, "available") else True
 
 
-def resolve(backend: str | None) -> str:
-    """Name of the backend that `ss2d_scan` will run; None chooses the fastest that works here.
+def resolve(backend: str | None, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> str:
+    """Name of the backend that runs for inputs on `device` (None: the CPU) in `dtype`.
+
+    None chooses the fastest that is available and supports both. A name is taken at its word: if it cannot run,
+    running it says why.
 
     Raises:
         ValueError: no backend has this name.
     """
-    if backend is None:
-        return "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"scan backend {backend!r} does not exist; choose one of {', '.join(BACKENDS)}")
-    return backend
+    if check_name(backend) is not None:
+        return str(backend)
+    return next(name for name in BACKENDS if _fits(name, device or torch.device("cpu"), dtype))
+
+
+def _fits(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    module = importlib.import_module(BACKENDS[backend])
+    return (not hasattr(module, "supports") or module.supports(device, dtype)) and available(backend)
 
 
 def ss2d_scan(
@@ -86,8 +100,8 @@ def ss2d_scan(
         ValueError: shapes that do not fit together, or an unknown backend.
     """
     _check_shapes(x, delta, A, B, C, D, delta_bias)
-    function: ScanFunction = importlib.import_module(BACKENDS[resolve(backend)]).scan
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    function: ScanFunction = importlib.import_module(BACKENDS[resolve(backend, x.device, dtype)]).scan
     with torch.autocast(x.device.type, enabled=False):
         return function(*(tensor.to(dtype) for tensor in (x, delta, A, B, C, D, delta_bias)))
 

@@ -49,7 +49,7 @@ def predict_scene(out: Path, run: Path) -> Path:
 
 
 def write(out: Path, seeds: tuple[int, ...], arms: tuple[str, ...]) -> dict[str, list[float]]:
-    """OUT/report.html.
+    """OUT/report.html, and three of its pictures as files under OUT/pictures.
 
     Returns:
         mIoU in percent per arm, one number per seed.
@@ -73,6 +73,10 @@ def write(out: Path, seeds: tuple[int, ...], arms: tuple[str, ...]) -> dict[str,
         *_data(out, facts, contract),
     ]
     write_report(out / "report.html", sections, title="MCF-Mamba: the demo")
+    for name in ("The map", "Reconstructions", "Class by class"):
+        (out / "pictures").mkdir(exist_ok=True)
+        png = next(section.png for section in sections if isinstance(section, Figure) and section.title == name)
+        (out / "pictures" / f"{name.split()[-1].lower()}.png").write_bytes(png)
     return {arm: [float(found["mIoU"]) for found in per_seed] for arm, per_seed in metrics.items()}
 
 
@@ -137,8 +141,8 @@ def _pretraining(out: Path) -> list[Section]:
     keys = [key for key in rows[0] if key.startswith("loss")]
     newest = sorted((run / "pictures").glob("*.png"))[-1]
     explained = (
-        "For each modality its input, what was left visible, and what the network made of it. Where one modality is "
-        "hidden, the other is visible: what the network paints there it can only know from the other sensor."
+        "For each modality its input, what was left visible, and that completed by the network. Where one modality is "
+        "hidden, the other is visible: what the network paints there it can mostly know from the other sensor alone."
     )
     return [
         Figure("Pretraining", figures.loss_curves({"": rows}, keys), "CMSS loss per step, whole and by modality."),

@@ -75,28 +75,32 @@ class Reconstruction:
 
 
 def reconstructions(contract: Contract, samples: Sequence[Reconstruction]) -> bytes:
-    """A row per sample: for each modality its input, what was left of it, and what the network made of that."""
+    """A row per sample: for each modality its input, what was left of it, and that completed by the network.
+
+    Only hidden parts are the network's: it is not trained to repeat what it sees.
+    """
     names = contract.sensors
     figure = Figure(figsize=(2.1 * 3 * len(names), 2.25 * len(samples) + 0.3), layout="constrained")
     grid = figure.subplots(len(samples), 3 * len(names), squeeze=False)
     for number, (row, sample) in enumerate(zip(grid, samples, strict=True)):
         for column, name in enumerate(names):
             pictures = _before_and_after(contract.modality(name), sample, name)
-            for axes, title, image in zip(row[3 * column :], ("input", "visible", "output"), pictures, strict=False):
+            for axes, title, image in zip(row[3 * column :], ("input", "visible", "completed"), pictures, strict=False):
                 _show(axes, image, f"{name} {title}" if number == 0 else "")
         row[0].set_ylabel(_plain(sample.key), fontsize=7)
     return _png(figure)
 
 
 def _before_and_after(modality: Modality, sample: Reconstruction, name: str) -> tuple[Picture, Picture, Picture]:
-    """Input, input without its hidden parts, and output of one modality, in the same colours."""
+    """Input, input without its hidden parts, and these filled with the output, of one modality in the same colours."""
     valid = sample.valid[name]
     before, after = (physical(modality, values) for values in (sample.values[name], sample.output[name]))
     stretch = Stretch.of(modality, before, valid)
     hidden = enlarge(sample.hidden[name], sample.cell, valid.shape)
     image = picture(modality, before, valid, stretch)
     visible = np.where(hidden[..., None], np.float32(GREY), image)
-    return image, visible, picture(modality, after, np.ones_like(valid), stretch)
+    completed = np.where(hidden[..., None], picture(modality, after, valid, stretch), image)
+    return image, visible, completed
 
 
 def physical(modality: Modality, values: NDArray[Any]) -> Picture:

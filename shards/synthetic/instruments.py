@@ -91,9 +91,9 @@ def _sun(place: Site) -> tuple[float, float]:
 
 
 def _clouds(place: Site, rng: np.random.Generator, sun: tuple[float, float]) -> tuple[Map, Map]:
-    """Opacity of clouds and depth of their shadows, both 0 to 1 [H, W]; three places in ten are clear."""
+    """Opacity of clouds and depth of their shadows, both 0 to 1 [H, W]; six places in ten are clear."""
     side = place.size + 2 * place.margin
-    share = max(0.0, rng.uniform(-0.15, 0.34))
+    share = max(0.0, rng.uniform(-0.1, 0.06))  # as in archives filtered by cloudiness
     puffs = fractal(rng, side, 4, longest=60)
     opacity = np.clip((puffs - np.quantile(puffs, 1 - share)) / 1.4, 0, 1) if share > 0 else 0 * puffs
     height = rng.uniform(500, 1600) / PIXEL / math.tan(sun[0])
@@ -150,7 +150,7 @@ def optical(place: Site, land: Landscape) -> Raster:
     opacity, shadow = _clouds(place, rng, sun)
     light = _light(place, land, sun) * (1 + 0.1 * fractal(rng, side, 1.6) + crowns) * (1 - 0.6 * shadow)
     values = np.tensordot(_spectra(place, rng).T, _inner(place, land.shares), 1) * _inner(place, light)  # [C, h, w]
-    haze = rng.uniform(0.6, 2.2)
+    haze = rng.uniform(0.7, 1.7)
     values = values * _column(_CLEAR) * (1.06 - 0.06 * haze) + _column(_PATH) * haze
     cover, bright = _inner(place, opacity), _inner(place, 1 + 0.07 * fractal(rng, side, 3))
     values = values * (1 - cover) + _column(_CLOUD) * bright * cover

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -68,7 +69,7 @@ class Checkpoint:
     @property
     def model_config(self) -> ModelConfig:
         """The structure of the model."""
-        return ModelConfig(**self.facts["model"])
+        return TypeAdapter(ModelConfig).validate_python(self.facts["model"])
 
     @property
     def sha256(self) -> str:

@@ -15,13 +15,19 @@ from configs import ConfigError
 from pipeline import checkpoint
 from pipeline.checkpoint import CheckpointError
 from pipeline.engine import State
+from pipeline.model.config import ModelConfig
 from pipeline.ranks import Ranks
 from pipeline.run import adopt, own_checkpoint, transfer
 from shards.contract import ContractError
 from tests.small_dataset import CONTRACT
 from tests.training_scenarios import config
 
-FACTS = {"position": 0, "fingerprint": "data", "model": {}, "contract": CONTRACT.to_json()}
+FACTS = {
+    "position": 0,
+    "fingerprint": "data",
+    "model": {"dims": [8, 16], "depths": [1, 1]},
+    "contract": CONTRACT.to_json(),
+}
 
 
 def state(value: float = 1.0) -> State:
@@ -39,6 +45,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text().strip() == "step-000007"
     found = checkpoint.load(folder)
     assert found.step == 7 and found.state.updates == 7 and found.contract == CONTRACT
+    assert found.model_config == ModelConfig(dims=(8, 16), depths=(1, 1))
     assert torch.equal(found.state.parameters["layer.weight"], torch.full((2, 3), 7.0))
     assert torch.equal(found.state.moments["layer.weight.exp_avg"], state(7).moments["layer.weight.exp_avg"])
     assert sorted(path.name for path in folder.iterdir()) == [

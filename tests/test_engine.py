@@ -17,7 +17,9 @@ from configs import ConfigError
 from launchers.local import launch
 from pipeline.config import BatchSize, EngineConfig, Optim
 from pipeline.engine import Engine, PrecisionError, deepspeed_config, guard_precision
-from pipeline.optim import learning_rate
+from pipeline.model.config import ModelConfig
+from pipeline.model.mcf_mamba import MCFMamba
+from pipeline.optim import learning_rate, parameter_groups
 from pipeline.pretrain import pretrain
 from pipeline.ranks import Ranks, init
 from tests.golden import FOLDER
@@ -119,10 +121,11 @@ def test_users_deepspeed_keys_pass_and_ours_are_refused() -> None:
     settings = EngineConfig(
         zero=2, deepspeed={"zero_optimization": {"reduce_bucket_size": 7}, "prescale_gradients": True}
     )
-    built = deepspeed_config(Optim(), settings, BatchSize(global_batch=12, micro_batch=2), 3)
+    built = deepspeed_config(Optim(clip=0.25), settings, BatchSize(global_batch=12, micro_batch=2), 3)
     assert built["zero_optimization"] == {"reduce_bucket_size": 7, "stage": 2}
     assert built["prescale_gradients"] is True
     assert built["gradient_accumulation_steps"] == 2
+    assert built["gradient_clipping"] == 0.25
     with pytest.raises(ValueError, match=r"zero_optimization\.stage is decided by engine\.zero"):
         EngineConfig(deepspeed={"zero_optimization": {"stage": 3}})
 
@@ -134,6 +137,19 @@ def test_impossible_batches_are_refused_with_the_numbers() -> None:
         BatchSize(global_batch=12, micro_batch=4).split(2)
     with pytest.raises(ConfigError, match="multiple of 5"):
         BatchSize(global_batch=12).split(5)
+
+
+def test_decay_spares_norms_biases_and_the_state_space() -> None:
+    model = MCFMamba(ModelConfig(dims=(8, 16), depths=(1, 1)), {"a": 2}, 3)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, spared = parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+    without = {names[id(parameter)].rsplit(".", 1)[1] for parameter in spared["params"]}
+    assert {"A_log", "D", "dt_bias", "bias"} <= without
+    assert "head.weight" in {names[id(parameter)] for parameter in decayed["params"]}
+    model.head.requires_grad_(False)
+    assert len(parameter_groups(model, 0.05)[0]["params"]) == len(decayed["params"]) - 1
 
 
 def test_learning_rate_is_that_of_the_published_code() -> None:

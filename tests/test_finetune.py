@@ -93,6 +93,12 @@ def test_a_modality_can_be_kept_from_the_model(folder: Path, scratch: Path) -> N
     assert found["mIoU"] < log.read(scratch)[-1]["val/mIoU"] - 10
 
 
+def test_evaluation_can_be_limited(folder: Path, scratch: Path) -> None:
+    settings = {"stage": "evaluate", "checkpoint": str(scratch), "data": str(folder / "data"), "limit": 2}
+    run = evaluate(configs.parse({**settings, "run": str(folder / "limited")}))
+    assert json.loads((run / "metrics.json").read_text())["samples"] == 2
+
+
 def test_all_but_the_head_is_loaded_and_said(folder: Path, pretrained: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         run = finetune(config(folder, "tuned", checkpoint=str(pretrained), steps=1, optim={"lr": 1e-9}))

@@ -91,6 +91,13 @@ def test_checkpoints_come_every_so_many_steps_and_at_the_end(tmp_path: Path) -> 
     assert facts["fingerprint"] == "data" and configs.parse(facts["config"]) == run.config
 
 
+def test_old_checkpoints_go(tmp_path: Path) -> None:
+    run, engine = prepare(tmp_path, checkpoint_every=1, keep=2)
+    train(run, engine, objective, batches(), 0)
+    names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert names == ["step-000003", "step-000004"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
     run, engine = prepare(tmp_path)

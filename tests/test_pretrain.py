@@ -102,6 +102,34 @@ def test_a_killed_run_goes_on_with_the_samples_it_would_have_had(folder: Path) -
     assert done.step == len(whole)
 
 
+@pytest.fixture(scope="module")
+def first_loss(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Loss of the first step of a run with changes to its config; samples of four blocks."""
+    folder = tmp_path_factory.mktemp("fields")
+    write_dataset(folder / "data", size=64)
+
+    def measure(**changes: Any) -> float:
+        name = str(len(list(folder.iterdir())))
+        with mock.patch("pipeline.pretrain.pictures", lambda *_: lambda step: {}):
+            run = pretrain(config(folder, name, steps=1, batch={"global_batch": 2}, **changes))
+        return float(log.read(run)[0]["loss"])
+
+    return measure
+
+
+def test_every_field_has_an_effect(first_loss: Any) -> None:
+    plain = first_loss()
+    assert first_loss() == plain
+    deep = {"dims": [8, 16], "depths": [1, 1]}
+    for change in (
+        {"augment": False}, {"lanes": 1}, {"seed": 1}, {"normalise": "range"}, {"sensors": ["s1"]},
+        {"where": {"split": ["test"]}}, {"cmss": {"ratio": 0.75}}, {"cmss": {"strategy": "independent"}},
+        {"cmss": {"weights": {"s1": 2}}}, {"model": {**deep, "drop_path": 0.9}},
+        {"model": {**deep, "profile": "paper"}},
+    ):  # fmt: skip
+        assert first_loss(**change) != plain, change
+
+
 def test_masks_follow_seed_and_position_not_the_batch() -> None:
     settings, samples = config(Path(), "run", seed=5), batch()
     whole = hidden_blocks(settings, samples)

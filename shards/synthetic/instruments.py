@@ -91,9 +91,9 @@ def _sun(place: Site) -> tuple[float, float]:
 
 
 def _clouds(place: Site, rng: np.random.Generator, sun: tuple[float, float]) -> tuple[Map, Map]:
-    """Opacity of clouds and depth of their shadows, both 0 to 1 [H, W]; six places in ten are clear."""
+    """Opacity of clouds and depth of their shadows, both 0 to 1 [H, W]; half of the places are clear."""
     side = place.size + 2 * place.margin
-    share = max(0.0, rng.uniform(-0.1, 0.06))  # as in archives filtered by cloudiness
+    share = max(0.0, rng.uniform(-0.1, 0.1))  # as in archives filtered by cloudiness
     puffs = fractal(rng, side, 4, longest=60)
     opacity = np.clip((puffs - np.quantile(puffs, 1 - share)) / 1.4, 0, 1) if share > 0 else 0 * puffs
     height = rng.uniform(500, 1600) / PIXEL / math.tan(sun[0])

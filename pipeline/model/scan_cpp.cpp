@@ -1,8 +1,7 @@
 // The 2-D selective scan on the CPU (scan.py says what it computes, scan_torch.py gives the adjoint equations).
 //
 // Plain C interface for ctypes, no torch headers, compiles in seconds, for the instruction set that scan_cpp.py names
-// (AVX-512, AVX2 with FMA, or what the architecture always has). Vector types of GCC and Clang; no -ffast-math, no
-// OpenMP.
+// (AVX-512, AVX2 with FMA, or what the architecture always has). No OpenMP.
 //
 // Letters: W lanes of a vector, N states, T steps in a chunk, K = 4 directions, L = height * width pixels.
 // Lanes are channels. A unit of work is one sample and one group of channels; its directions run one after the other
@@ -11,15 +10,11 @@
 // Sums over a whole sequence (dA, dD, dbias) are float within a chunk and double across chunks.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <thread>
-#include <utility>
 #include <vector>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "scan_simd.h"
 
 struct Strides {  // in floats, of the sample, the pixel and the direction; the last axis is contiguous
   int64_t sample, pixel, direction;
@@ -38,147 +33,12 @@ namespace {
 
 constexpr int kDirections = 4;
 constexpr int kStates = 16;  // states handled at once, in registers where there are enough
-constexpr int kNumbers = 256;  // lanes times steps of a chunk: its states and decays, N times as many, stay in the cache
 constexpr int kGroup = 96;   // channels of a unit: more make fewer partial sums for dB and dC, fewer make more units
-#if defined(__AVX512F__)
-constexpr int kWide = 16, kNarrow = 8;  // lanes
-#elif defined(__AVX2__)
-constexpr int kWide = 8, kNarrow = 8;
-#else
-constexpr int kWide = 4, kNarrow = 4;
-#endif
-constexpr float kLog2e = 1.44269504088896341f;
+
+template <int W>
+constexpr int kSteps = 256 / W;  // T: the states and decays of a chunk stay in the cache
+
 constexpr double kLn2 = 0.69314718055994531;
-
-template <int W>
-struct Simd {
-  static constexpr int kSteps = kNumbers / W;  // T
-  typedef float F __attribute__((vector_size(4 * W)));
-  typedef int32_t I __attribute__((vector_size(4 * W)));
-  typedef double D __attribute__((vector_size(8 * W)));
-  typedef float Unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
-};
-
-template <int W>
-inline typename Simd<W>::F load(const float *from, int count) {
-  if (count == W) return *reinterpret_cast<const typename Simd<W>::Unaligned *>(from);
-  typename Simd<W>::F result = {};
-  for (int lane = 0; lane < count; lane++) result[lane] = from[lane];
-  return result;
-}
-
-template <int W>
-inline void store(float *to, int count, typename Simd<W>::F value) {
-  if (count == W) {
-    *reinterpret_cast<typename Simd<W>::Unaligned *>(to) = value;
-    return;
-  }
-  for (int lane = 0; lane < count; lane++) to[lane] = value[lane];
-}
-
-template <int W>
-inline void put(float *to, int count, typename Simd<W>::F value, bool add) {
-  store<W>(to, count, add ? load<W>(to, count) + value : value);
-}
-
-// The larger of x and `low`, NaN for NaN.
-template <int W>
-inline typename Simd<W>::F at_least(typename Simd<W>::F x, float low) {
-  const typename Simd<W>::F limit = typename Simd<W>::F{} + low;
-#if defined(__AVX512F__)
-  if constexpr (W == 16) return (typename Simd<W>::F)_mm512_max_ps((__m512)limit, (__m512)x);
-#endif
-#if defined(__AVX2__)
-  if constexpr (W == 8) return (typename Simd<W>::F)_mm256_max_ps((__m256)limit, (__m256)x);
-#endif
-  return limit > x ? limit : x;
-}
-
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
-
-template <int W>
-inline typename Simd<W>::F nearest(typename Simd<W>::F x) {
-  return (x + kRound) - kRound;
-}
-
-// p * 2^n for an integer n >= -127 and 1/2 < p < 2.
-template <int W>
-inline typename Simd<W>::F scale(typename Simd<W>::F p, typename Simd<W>::F n) {
-  using F = typename Simd<W>::F;
-  using I = typename Simd<W>::I;
-#if defined(__AVX512F__)
-  if constexpr (W == 16) return (F)_mm512_scalef_ps((__m512)p, (__m512)n);
-#endif
-#if defined(__AVX512VL__)
-  if constexpr (W == 8) return (F)_mm256_scalef_ps((__m256)p, (__m256)n);
-#endif
-  return (F)((I)p + ((I)(n + kRound) << 23));
-}
-
-// 2^f for |f| <= 1/2. The polynomial for (2^f - 1) / f is a Chebyshev interpolation (relative error 2e-8), so that
-// decays near 1 keep their distance from 1.
-template <int W>
-inline typename Simd<W>::F fraction(typename Simd<W>::F f) {
-  typename Simd<W>::F p = f * 1.545316294e-04f + 1.339086336e-03f;
-  p = p * f + 9.618082557e-03f;
-  p = p * f + 5.550357114e-02f;
-  p = p * f + 2.402265076e-01f;
-  p = p * f + 6.931471880e-01f;
-  return p * f + 1.0f;
-}
-
-// 2^x for x <= 0; 0 below 2^-127, NaN for NaN.
-template <int W>
-inline typename Simd<W>::F exp2(typename Simd<W>::F x) {
-  x = at_least<W>(x, -127.0f);
-  const typename Simd<W>::F n = nearest<W>(x);
-  return scale<W>(fraction<W>(x - n), n);
-}
-
-// softplus(v) and its derivative. exp(-|v|) subtracts n ln 2 in two parts, because v log2(e) alone would lose bits;
-// log1p(e) is the series of 2 artanh(e / (2 + e)), exact to 1.4e-8 for e in [0, 1].
-template <int W>
-inline typename Simd<W>::F softplus(typename Simd<W>::F v, typename Simd<W>::F *derivative) {
-  using F = typename Simd<W>::F;
-  const F zero = {}, x = at_least<W>(v > zero ? -v : v, -87.0f), n = nearest<W>(x * kLog2e);
-  const F rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  const F e = scale<W>(fraction<W>(rest * kLog2e), n);
-  const F s = e / (e + 2.0f), s2 = s * s;
-  F series = s2 * (1.0f / 13) + 1.0f / 11;
-  series = series * s2 + 1.0f / 9;
-  series = series * s2 + 1.0f / 7;
-  series = series * s2 + 1.0f / 5;
-  series = series * s2 + 1.0f / 3;
-  series = (series * s2 + 1.0f) * s;
-  if (derivative) *derivative = (v >= zero ? zero + 1.0f : e) / (e + 1.0f);
-  return (v > zero ? v : zero) + (series + series);
-}
-
-template <class V, int... Index>
-inline V pick(V a, V b, std::integer_sequence<int, Index...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, Index...);
-#else
-  typedef int32_t Mask __attribute__((vector_size(sizeof(V))));
-  return __builtin_shuffle(a, b, Mask{Index...});
-#endif
-}
-
-// Lanes of (a, b), in blocks of `Step`: even blocks of the result from a, odd ones from b, the lower or higher half.
-template <int W, int Step, int Half, class V, int... Lane>
-inline V halves(V a, V b, std::integer_sequence<int, Lane...>) {
-  return pick(a, b, std::integer_sequence<int, ((Lane / Step & ~1) * Step + Lane % Step + Half * Step +
-                                                (Lane / Step % 2) * W)...>());
-}
-
-// Sum the lanes of W vectors; lane i of v[0] becomes the sum of v[i].
-template <int W, int Step = 1>
-inline void sum_lanes(typename Simd<W>::F *v) {
-  constexpr auto lanes = std::make_integer_sequence<int, W>();
-  for (int i = 0; i < W / (2 * Step); i++)
-    v[i] = halves<W, Step, 0>(v[2 * i], v[2 * i + 1], lanes) + halves<W, Step, 1>(v[2 * i], v[2 * i + 1], lanes);
-  if constexpr (2 * Step < W) sum_lanes<W, 2 * Step>(v);
-}
 
 // What one walk of one direction over one group of channels needs; `first` states of `count` at once.
 struct Walk {
@@ -192,7 +52,7 @@ inline int64_t chunks(const Problem &p, int steps) { return (p.height * p.width 
 template <int W>
 inline float *kept(const Problem &p, const Walk &walk, int64_t m, int64_t channel) {
   const int64_t blocks = (p.channels + W - 1) / W, row = walk.sample * kDirections + walk.k;
-  return p.kept + (((row * chunks(p, Simd<W>::kSteps) + m) * blocks + channel / W) * p.states + walk.first) * W;
+  return p.kept + (((row * chunks(p, kSteps<W>) + m) * blocks + channel / W) * p.states + walk.first) * W;
 }
 
 inline int64_t at(const Strides &s, const Walk &walk, int64_t pixel, int64_t channel) {
@@ -213,20 +73,19 @@ inline void prefetch(const float *from, int64_t count) {
 // another page, where the processor does not look ahead by itself.
 template <int W>
 struct Chunk {
-  static constexpr int kSteps = Simd<W>::kSteps;
   int steps;
-  int64_t pixel[kSteps];
-  float b[kSteps][kStates], c[kSteps][kStates];
+  int64_t pixel[kSteps<W>];
+  float b[kSteps<W>][kStates], c[kSteps<W>][kStates];
 
   Chunk(const Problem &p, const Walk &walk, int64_t m, int64_t next, const float *outputs) {
     const int64_t length = p.height * p.width, channels = walk.end - walk.begin;
-    steps = (int)std::min<int64_t>(kSteps, length - m * kSteps);
+    steps = (int)std::min<int64_t>(kSteps<W>, length - m * kSteps<W>);
     for (int t = 0; t < steps; t++) {
-      pixel[t] = pixel_at(p, walk, m * kSteps + t);
+      pixel[t] = pixel_at(p, walk, m * kSteps<W> + t);
       std::copy_n(p.b + at(p.b_at, walk, pixel[t], walk.first), walk.count, b[t]);
       std::copy_n(p.c + at(p.c_at, walk, pixel[t], walk.first), walk.count, c[t]);
     }
-    for (int64_t l = std::max<int64_t>(0, next * kSteps); l < std::min(length, (next + 1) * kSteps); l++) {
+    for (int64_t l = std::max<int64_t>(0, next * kSteps<W>); l < std::min(length, (next + 1) * kSteps<W>); l++) {
       const int64_t ahead = pixel_at(p, walk, l), row = walk.sample * length + ahead;
       prefetch(p.x + row * p.channels + walk.begin, channels);
       prefetch(outputs + row * p.channels + walk.begin, channels);
@@ -242,7 +101,7 @@ template <int W, int Count>
 inline void forward(const Problem &p, const Walk &walk) {
   using F = typename Simd<W>::F;
   const int states = Count ? Count : walk.count;
-  const int64_t total = chunks(p, Simd<W>::kSteps);
+  const int64_t total = chunks(p, kSteps<W>);
   for (int64_t m = 0; m < total; m++) {
     const Chunk<W> chunk(p, walk, m, m + 1, p.y);
     for (int64_t d = walk.begin; d < walk.end; d += W) {
@@ -286,9 +145,8 @@ struct Sums {
 // Arrays of one chunk: states before and after each step, decays, and lane-wise sums for dB and dC.
 template <int W>
 struct Scratch {
-  static constexpr int kSteps = Simd<W>::kSteps;
-  typename Simd<W>::F h[kSteps + 1][kStates], decay[kSteps][kStates], db[kSteps][kStates], dc[kSteps][kStates];
-  typename Simd<W>::F u[kSteps], dt[kSteps], slope[kSteps];
+  typename Simd<W>::F h[kSteps<W> + 1][kStates], decay[kSteps<W>][kStates], db[kSteps<W>][kStates], dc[kSteps<W>][kStates];
+  typename Simd<W>::F u[kSteps<W>], dt[kSteps<W>], slope[kSteps<W>];
 };
 
 // The chunk's states again, from the kept one, into the scratch.
@@ -359,10 +217,10 @@ inline void backward(const Problem &p, const Walk &walk) {
   const int states = Count ? Count : walk.count;
   Scratch<W> s;
   Sums<W> sums[kGroup / W] = {};
-  for (int64_t m = chunks(p, Simd<W>::kSteps) - 1; m >= 0; m--) {
+  for (int64_t m = chunks(p, kSteps<W>) - 1; m >= 0; m--) {
     const Chunk<W> chunk(p, walk, m, m - 1, p.dx);
-    std::fill_n(&s.db[0][0], Simd<W>::kSteps * kStates, F{});
-    std::fill_n(&s.dc[0][0], Simd<W>::kSteps * kStates, F{});
+    std::fill_n(&s.db[0][0], kSteps<W> * kStates, F{});
+    std::fill_n(&s.dc[0][0], kSteps<W> * kStates, F{});
     for (int64_t d = walk.begin; d < walk.end; d += W) {
       const int lanes = (int)std::min<int64_t>(W, walk.end - d);
       F power[kStates];
@@ -435,7 +293,7 @@ int64_t scan_group() { return kGroup; }
 
 // Number of floats in `kept`.
 int64_t scan_kept(const Problem *p) {
-  const int64_t width = wide(*p) ? kWide : kNarrow, steps = kNumbers / width;
+  const int64_t width = wide(*p) ? kWide : kNarrow, steps = wide(*p) ? kSteps<kWide> : kSteps<kNarrow>;
   const int64_t chunks = (p->height * p->width + steps - 1) / steps, blocks = (p->channels + width - 1) / width;
   return p->batch * kDirections * chunks * blocks * p->states * width;
 }

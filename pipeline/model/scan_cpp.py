@@ -1,4 +1,4 @@
-"""The scan in C++ (scan_cpp.cpp): compiled at first use if the machine has a compiler, float32 on the CPU.
+"""The scan in C++ (scan_cpp.cpp, scan_simd.h): compiled at first use if the machine has a compiler, float32 on the CPU.
 
 The shared library is kept in the user's cache folder under a hash of source and compiler, so that a machine compiles
 it once. Letters as in scan.py; P = H W pixels.
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+HEADER = SOURCE.with_name("scan_simd.h")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 # By the processor's level as torch finds it at run time; others get what their architecture always has.
@@ -163,8 +164,8 @@ def _build(compiler: str) -> Path:
     """Path of the library, compiled unless the cache has it; the file appears whole or not at all."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_SECONDS).stdout
     flags = FLAGS + LEVELS.get(torch.backends.cpu.get_cpu_capability(), ())
-    digest = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, " ".join(flags).encode()])).hexdigest()[:24]
-    target = _cache() / f"scan-{platform.machine()}-{digest}.so"
+    parts = [SOURCE.read_bytes(), HEADER.read_bytes(), version, " ".join(flags).encode()]
+    target = _cache() / f"scan-{platform.machine()}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             part = Path(folder) / target.name

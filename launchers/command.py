@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-OURS = ("configs", "shards", "pipeline", "launchers")
+from launchers import is_message
+
 STAGES = {
     "pretrain": "self-supervised pretraining (CMSS) on unlabeled shards",
     "finetune": "train for land cover, from a checkpoint or from scratch",
@@ -44,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("mcf: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     except Exception as error:
-        # An error of ours is a message for the user; any other is a defect and keeps its traceback.
-        if type(error).__module__.split(".")[0] not in OURS:
+        if not is_message(error):
             raise
         print(f"mcf: {error}", file=sys.stderr)
         return 85 if type(error).__name__ == "Stopped" else 1
@@ -58,22 +58,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Multimodal pretraining for Earth observation: scenes in, maps out.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo", help="the whole pipeline on a made-up archive: no network, no GPU, minutes"
-    )
+    demo = commands.add_parser("demo", help="the whole pipeline on a made-up archive: no network, no GPU, minutes")
     demo.add_argument("out", nargs="?", default="demo", help="folder for everything it makes [demo]")
     demo.set_defaults(run=_demo)
     _add_shards(commands)
     for name, text in STAGES.items():
         stage = commands.add_parser(name, help=text, formatter_class=Help, add_help=False)
         _add_config(stage, name)
-        stage.add_argument(
-            "--on", choices=("here", "local", "slurm"), default="here", help="where to run [here]"
-        )
+        stage.add_argument("--on", choices=("here", "local", "slurm"), default="here", help="where to run [here]")
         stage.add_argument("--processes", type=int, default=2, help="ranks with --on local [2]")
-        stage.add_argument(
-            "--slurm", default="slurm", metavar="CONFIG", help="config of --on slurm [preset slurm]"
-        )
+        stage.add_argument("--slurm", default="slurm", metavar="CONFIG", help="config of --on slurm [preset slurm]")
         stage.set_defaults(run=_stage, stage=name)
     _add_predict(commands)
     export = commands.add_parser("export", help="a run's newest checkpoint to a release folder")
@@ -107,20 +101,14 @@ def _add_shards(commands: Any) -> None:
 def _add_config(parser: argparse.ArgumentParser, stage: str) -> None:
     parser.add_argument("-h", "--help", action=_ConfigHelp, stage=stage)
     parser.add_argument("config", metavar="CONFIG", help="preset name or YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="fields of the config, by dotted path"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config, by dotted path")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
 
 
 def _add_predict(commands: Any) -> None:
     predict = commands.add_parser("predict", help="a land-cover map of a whole scene")
-    predict.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="finetuned run, checkpoint or release folder"
-    )
-    predict.add_argument(
-        "--scene", action="append", required=True, metavar="SENSOR=PATH", help="once per modality"
-    )
+    predict.add_argument("checkpoint", metavar="CHECKPOINT", help="finetuned run, checkpoint or release folder")
+    predict.add_argument("--scene", action="append", required=True, metavar="SENSOR=PATH", help="once per modality")
     predict.add_argument("--out", required=True, metavar="MAP", help="GeoTIFF to write")
     predict.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the predict config")
     predict.set_defaults(run=_predict)
@@ -148,9 +136,7 @@ def _load(parsed: argparse.Namespace, stage: str) -> Any:
 
     config = configs.load(parsed.config, parsed.overrides)
     if config.stage != stage:
-        raise configs.ConfigError(
-            f"{parsed.config}: a config of stage {config.stage!r}; this command runs {stage!r}"
-        )
+        raise configs.ConfigError(f"{parsed.config}: a config of stage {config.stage!r}; this command runs {stage!r}")
     return config
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import configs
+from launchers import is_message
 from pipeline import ranks
 from pipeline.signals import EXIT_STOPPED, Stopped, StopRequest
 
@@ -61,7 +62,7 @@ def run_rank(job: Callable[[], object], parent: int | None = None) -> int:
 
     Returns:
         The exit code: 0, or EXIT_STOPPED after a signal and a save. A failure does not return: it prints its
-        traceback and exits with 1 at once, because an orderly end would wait for ranks that do not answer.
+        message or traceback and exits with 1 at once, because an orderly end would wait for ranks that do not answer.
     """
     code = 0
     with StopRequest():
@@ -72,8 +73,11 @@ def run_rank(job: Callable[[], object], parent: int | None = None) -> int:
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             code = EXIT_STOPPED
-        except (Exception, KeyboardInterrupt):
-            traceback.print_exc()
+        except (Exception, KeyboardInterrupt) as error:
+            if is_message(error):
+                print(error, file=sys.stderr)
+            else:
+                traceback.print_exc()
             sys.stdout.flush()
             os._exit(1)
         ranks.close()

@@ -103,9 +103,9 @@ def test_any_size(backend: str, batch: int, height: int, width: int, channels: i
 
 
 @backends
-@pytest.mark.parametrize("shape", [(1, 64, 64, 4), (1, 1, 999, 3), (1, 20, 10, 200), (3, 16, 16, 24)])
+@pytest.mark.parametrize("shape", [(1, 64, 64, 4), (1, 1, 999, 3), (1, 20, 10, 200), (3, 16, 16, 24), (2, 4, 4, 1100)])
 def test_long_sequences(backend: str, shape: tuple[int, int, int, int]) -> None:
-    """Errors must not grow along the sequence: up to L = 4096, and more than one part of the batch."""
+    """Errors must not grow along the sequence: up to L = 4096, and in parts of the batch or of the directions."""
     inputs = make(*shape)
     compare(run(inputs, backend, torch.float32), run(inputs, "reference", torch.float64), y=5e-7, gradients=1e-6)
 

@@ -33,7 +33,7 @@ from pipeline.model.scan_reference import paths
 
 CACHED = 1 << 18  # numbers in a chunk's working array: a chunk is as many steps as fit ...
 STEPS = (16, 64)  # ... within these limits; the states that are kept are 1/T of all states
-STEP = 1 << 15  # numbers in one step above which the batch is taken in parts, so that 16 of them fit
+STEP = 1 << 15  # numbers in one step above which samples and directions are taken one after the other
 
 
 class Walk:
@@ -76,7 +76,7 @@ class _Scan(torch.autograd.Function):
         u, Bw, Cw = walk.forth(x), walk.forth(B), walk.forth(C)  # [B, L, K, D], [B, L, K, N] twice
         step = F.softplus(walk.forth(delta).add_(delta_bias))  # [B, L, K, D]
         y = torch.empty_like(u)
-        kept = [_forward(u[part], step[part], A, Bw[part], Cw[part], y[part]) for part in _parts(u, A)]
+        kept = [_forward(u[part], step[part], A[part[2]], Bw[part], Cw[part], y[part]) for part in _parts(u, A)]
         ctx.save_for_backward(*tensors, *kept)
         y = walk.back(y.addcmul_(u, D))  # [B, H, W, K, D]
         return y.sum(3)  # [B, H, W, D]
@@ -92,18 +92,23 @@ class _Scan(torch.autograd.Function):
         du, dstep, dB, dC = (torch.empty_like(tensor) for tensor in (u, u, Bw, Cw))
         dA = torch.zeros_like(A)
         for part, states in zip(_parts(u, A), kept, strict=True):
-            inputs = (u[part], step[part], A, Bw[part], Cw[part], dy[part])
-            dA += _backward(inputs, states, (du[part], dstep[part], dB[part], dC[part]))
+            inputs = (u[part], step[part], A[part[2]], Bw[part], Cw[part], dy[part])
+            dA[part[2]] += _backward(inputs, states, (du[part], dstep[part], dB[part], dC[part]))
         dD = torch.linalg.vecdot(dy, u, dim=1).sum(0)  # [K, D]
         ddelta = dstep.mul_(biased.sigmoid_())  # softplus' = sigmoid
         dx = walk.back(du.addcmul_(dy, D)).sum(3)  # [B, H, W, D]
         return dx, walk.back(ddelta), dA, walk.back(dB), walk.back(dC), dD, ddelta.sum((0, 1))
 
 
-def _parts(u: Tensor, A: Tensor) -> list[slice]:
-    """Slices of the batch, each with at most `STEP` numbers in one step (and at least one sample)."""
-    size = max(1, STEP // A.numel())
-    return [slice(start, start + size) for start in range(0, u.shape[0], size)]
+def _parts(u: Tensor, A: Tensor) -> list[tuple[slice, slice, slice]]:
+    """Indices into [B, L, K, ...]: whole samples, or single directions, with at most `STEP` numbers in one step."""
+    samples = max(1, STEP // A.numel())
+    directions = max(1, min(len(A), STEP // A[0].numel()))
+    return [
+        (slice(sample, sample + samples), slice(None), slice(k, k + directions))
+        for sample in range(0, len(u), samples)
+        for k in range(0, len(A), directions)
+    ]
 
 
 def _chunk(length: int, step: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from configs import ConfigError
@@ -185,3 +185,10 @@ class PredictConfig:
     window: int = Field(default=256, ge=32, multiple_of=32, description="side of a window in pixels")
     overlap: int = Field(default=64, ge=0, description="pixels that neighbouring windows share")
     micro_batch: int = Field(default=8, ge=1, description="windows per forward")
+
+    @model_validator(mode="after")
+    def _windows_advance(self) -> Any:
+        """Refuse an overlap that leaves no step from one window to the next."""
+        if self.overlap >= self.window:
+            raise ValueError(f"overlap={self.overlap} must be smaller than window={self.window}")
+        return self

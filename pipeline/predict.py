@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from configs import ConfigError
 from pipeline import checkpoint
 from pipeline.batch import collate
 from pipeline.checkpoint import Checkpoint
@@ -51,13 +52,14 @@ def predict(config: PredictConfig) -> Path:
     Raises:
         ContractError: the checkpoint has no classes, or the scene's pixels are of another size than it was trained on.
         SceneError: a file cannot be used, or the scenes do not overlap.
-        ValueError: an unknown sensor, or windows that cannot be laid.
+        ConfigError: no scene is given.
+        SensorError: a scene of a sensor that the model does not know.
     """
     source = checkpoint.find(config.checkpoint)
     if source.contract.classes is None:
         raise ContractError(f"{source.folder} has no classes: finetune it first")
-    if config.overlap >= config.window:
-        raise ValueError(f"overlap={config.overlap}: must be smaller than window={config.window}")
+    if not config.scene:
+        raise ConfigError(f"scene: none given; the model takes {', '.join(source.contract.sensors)}")
     paths = {match(name, source.contract.sensors): path for name, path in config.scene.items()}
     contract = source.contract.restrict([name for name in source.contract.sensors if name in paths])
     target = Path(config.out)

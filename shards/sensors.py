@@ -18,6 +18,10 @@ Kind = Literal["optical", "sar", "elevation"]
 Resampling = Literal["nearest", "bilinear", "cubic", "average"]
 
 
+class SensorError(ValueError):
+    """A name that stands for no sensor, or for several; the message lists those that exist."""
+
+
 @dataclass(frozen=True)
 class Band:
     """One band: its name and the ground sampling distance of the instrument in metres."""
@@ -91,10 +95,10 @@ def sensor(name: str) -> Sensor:
     """The row called `name`.
 
     Raises:
-        ValueError: no such sensor; the message lists those that exist.
+        SensorError: no such sensor; the message lists those that exist.
     """
     if name not in SENSORS:
-        raise ValueError(f"unknown sensor {name!r}; known sensors: {', '.join(SENSORS)}")
+        raise SensorError(f"unknown sensor {name!r}; known sensors: {', '.join(SENSORS)}")
     return SENSORS[name]
 
 
@@ -102,10 +106,10 @@ def match(name: str, known: Iterable[str]) -> str:
     """The one of `known` that `name` stands for: itself, or the only one that begins with it (`s2` for `s2-l1c`).
 
     Raises:
-        ValueError: none or several fit.
+        SensorError: none or several fit.
     """
     names = list(known)
     found = [name] if name in names else [other for other in names if other.split("-")[0] == name]
     if len(found) != 1:
-        raise ValueError(f"{name!r} fits {len(found)} of the sensors {', '.join(names)}; write one of these names")
+        raise SensorError(f"{name!r} fits {len(found)} of the sensors {', '.join(names)}; write one of these names")
     return found[0]

@@ -162,6 +162,8 @@ def test_the_command_names_the_file_and_exits_non_zero(tmp_path: Path) -> None:
 def test_an_empty_archive_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match=r"no table there; .*catalog\.csv"):
         plan(shards_config(tmp_path, tmp_path / "data"))
+    with pytest.raises(ArchiveError, match="unknown archive 'sen13ms'; known: catalog"):
+        plan(shards_config(tmp_path, tmp_path / "data", "archive.name=sen13ms"))
     write_catalog(tmp_path, [])
     with pytest.raises(ArchiveError, match="holds no rows"):
         plan(shards_config(tmp_path, tmp_path / "data"))

@@ -15,11 +15,10 @@ def open_archive(name: str, root: str) -> Iterator[Place]:
     """The places of the archive at `root` in the layout called `name`, in a fixed order.
 
     Raises:
-        ArchiveError: nothing usable is there.
-        ValueError: no such layout.
+        ArchiveError: no such layout, or nothing usable is there.
     """
     if name not in ARCHIVES:
-        raise ValueError(f"unknown archive {name!r}; known: {', '.join(ARCHIVES)}")
+        raise ArchiveError(f"unknown archive {name!r}; known: {', '.join(ARCHIVES)}")
     places = cast("Callable[[str], Iterator[Place]]", import_module(f"shards.archives.{name}").places)
     yield from places(root)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from time import monotonic
@@ -22,16 +22,26 @@ import configs
 from launchers.local import launch
 from pipeline.signals import EXIT_STOPPED
 
-SEEDS = (0, 1, 2)
 ARMS = ("scratch", "pretrained")
 PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much the demo does: places and pixels of the archive, seeds, and steps (None: those of the presets)."""
+
+    places: int = 40
+    size: int = 384
+    seeds: tuple[int, ...] = (0, 1, 2)
+    pretrain_steps: int | None = None
+    finetune_steps: int | None = None
 
 
 class DemoError(RuntimeError):
     """A step of the demo failed; the message says which and where its log is."""
 
 
-def demo(out: Path) -> int:
+def demo(out: Path, scale: Scale = Scale()) -> int:
     """Run everything that is not finished yet under `out`.
 
     Returns:
@@ -43,11 +53,12 @@ def demo(out: Path) -> int:
     """
     began = monotonic()
     print(f"The demo writes everything under {out}. A second call goes on where one stopped.")
-    make_data(out)
-    folders = [write_config(out, config) for config in (pretraining(out), *trainings(out), *evaluations(out))]
+    make_data(out, scale)
+    stages = (pretraining(out, scale), *trainings(out, scale), *evaluations(out, scale))
+    files = [write_config(out, config) for config in stages]
     for title, jobs in (
-        ("3 pretrain: CMSS on the unlabeled training places", folders[:1]),
-        (f"4 finetune {len(SEEDS)} x {' and '.join(ARMS)}, and evaluate on places never seen", folders[1:]),
+        ("3 pretrain: CMSS on the unlabeled training places", files[:1]),
+        (f"4 finetune {len(scale.seeds)} x {' and '.join(ARMS)}, and evaluate on places never seen", files[1:]),
     ):
         _say(began, title)
         code = launch(["launchers.job", *map(str, jobs)], PROCESSES, out / "runs" / "logs")
@@ -58,11 +69,12 @@ def demo(out: Path) -> int:
     from launchers import demo_report
 
     _say(began, "5 predict: a map of one unseen scene")
-    demo_report.predict_scene(out, out / "runs" / run_name(ARMS[1], SEEDS[0]))
+    best = out / "runs" / run_name(ARMS[1], scale.seeds[0])
+    demo_report.predict_scene(out, best)
     _say(began, "6 export: the finetuned model as a release")
-    export_release(out)
+    export_release(out, best)
     _say(began, "7 report")
-    scores = demo_report.write(out, SEEDS, ARMS)
+    scores = demo_report.write(out, scale.seeds, ARMS)
     print(verdict(scores, out / "report.html"))
     return 0
 
@@ -71,7 +83,7 @@ def _say(began: float, title: str) -> None:
     print(f"[{monotonic() - began:4.0f} s] {title}", flush=True)
 
 
-def make_data(out: Path) -> None:
+def make_data(out: Path, scale: Scale) -> None:
     """Steps 1 and 2: the archive, and a dataset of verified shards."""
     from shards.build import build
     from shards.synthetic import make_archive
@@ -84,7 +96,7 @@ def make_data(out: Path) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        make_archive(out / "archive", progress=progress)
+        make_archive(out / "archive", places=scale.places, size=scale.size, progress=progress)
     print("2 shards: tiles on the grid of Sentinel-2, in WebDataset tars", flush=True)
     data = str(out / "data")
     if not (out / "data" / "dataset.json").exists():
@@ -93,9 +105,13 @@ def make_data(out: Path) -> None:
         raise DemoError(f"{data} is damaged; remove it and run the demo again: {problems[0]}")
 
 
-def pretraining(out: Path) -> Any:
+def pretraining(out: Path, scale: Scale) -> Any:
     """Config of the pretraining run."""
-    return configs.load("demo-pretrain", [f"run={out / 'runs' / 'pretrain'}", f"data={out / 'data'}"])
+    return _load("demo-pretrain", scale.pretrain_steps, f"run={out / 'runs' / 'pretrain'}", f"data={out / 'data'}")
+
+
+def _load(preset: str, steps: int | None, *overrides: str) -> Any:
+    return configs.load(preset, [*overrides, *([] if steps is None else [f"steps={steps}"])])
 
 
 def run_name(arm: str, seed: int) -> str:
@@ -103,18 +119,18 @@ def run_name(arm: str, seed: int) -> str:
     return f"finetune-{arm}-{seed}"
 
 
-def trainings(out: Path) -> Iterator[Any]:
+def trainings(out: Path, scale: Scale) -> Iterator[Any]:
     """Configs of all finetuning runs: equal but for the seed (which also chooses the labels) and the start."""
-    base = configs.load("demo-finetune", [f"data={out / 'data'}"])
-    for seed in SEEDS:
+    base = _load("demo-finetune", scale.finetune_steps, f"data={out / 'data'}")
+    for seed in scale.seeds:
         for arm in ARMS:
             start = None if arm == "scratch" else str(out / "runs" / "pretrain")
             yield replace(base, run=str(out / "runs" / run_name(arm, seed)), seed=seed, checkpoint=start)
 
 
-def evaluations(out: Path) -> Iterator[Any]:
+def evaluations(out: Path, scale: Scale) -> Iterator[Any]:
     """Configs of the evaluations of all finetuning runs on the test places."""
-    for config in trainings(out):
+    for config in trainings(out, scale):
         raw = {"stage": "evaluate", "run": f"{config.run}-test", "checkpoint": config.run, "data": config.data}
         yield configs.parse({**raw, "sensors": list(config.sensors), "micro_batch": 16})
 
@@ -127,11 +143,10 @@ def write_config(out: Path, config: Any) -> Path:
     return path
 
 
-def export_release(out: Path) -> None:
-    """Step 6: the pretrained and finetuned model of the first seed as a release folder with its evaluation."""
+def export_release(out: Path, run: Path) -> None:
+    """Step 6: a finetuned run as a release folder with its evaluation."""
     from pipeline.export import export
 
-    run = out / "runs" / run_name(ARMS[1], SEEDS[0])
     shutil.rmtree(out / "release", ignore_errors=True)  # a folder that this demo made, from the same run
     export(run, out / "release", evaluations=[f"{run}-test"], licence="Apache-2.0")
 
@@ -139,4 +154,5 @@ def export_release(out: Path) -> None:
 def verdict(scores: dict[str, list[float]], report: Path) -> str:
     """The demo's last line, whichever arm wins."""
     parts = [f"{arm} {mean(values):.1f} +- {stdev(values):.1f}" for arm, values in scores.items()]
-    return f"mIoU {', '.join(parts)} ({len(SEEDS)} seeds), report {report}"
+    seeds = len(next(iter(scores.values())))
+    return f"mIoU {', '.join(parts)} ({seeds} seeds), report {report}"

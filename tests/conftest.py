@@ -49,7 +49,7 @@ SERVICES = "`make services` starts it (root, Debian)"
 NEEDS = {
     "slurm": Need(slurm.available, "no Slurm of the tests answers", SERVICES, required_in_ci=True),
     "s3": Need(s3.available, f"no S3 server answers at {s3.ENDPOINT}", SERVICES, required_in_ci=True),
-    "browser": Need(_has_chromium, "no chromium is installed", "`apt-get install chromium`"),
+    "browser": Need(_has_chromium, "no chromium is installed", "`apt-get install chromium`", required_in_ci=True),
     "gpu": Need(_has_gpu, "no CUDA device", "run the tests on a machine with one"),
     "real_data": Need(REAL_DATA.is_dir, f"{REAL_DATA} is absent", "put the data there"),
 }

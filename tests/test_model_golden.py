@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.model import cmss
 from pipeline.model.config import ModelConfig
-from pipeline.model.convert import from_mcf_mamba
+from pipeline.model.names import from_mcf_mamba
 from pipeline.model.decoder import Level, PatchExpand
 from pipeline.model.encoder import PatchMerging
 from pipeline.model.fusion import Fusion

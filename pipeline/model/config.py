@@ -8,24 +8,25 @@ from typing import ClassVar, Literal
 
 Size = Literal["nano", "tiny", "small", "base"]
 Profile = Literal["paper", "default"]
+VMamba = Literal["v0", "s1l8"]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Channels and blocks of the four stages, and the stochastic depth VMamba trains that size with."""
+    """Channels and blocks (by encoder type) of the four stages, and the stochastic depth VMamba trains it with."""
 
     dims: tuple[int, ...]
-    depths: tuple[int, ...]
+    depths: dict[VMamba, tuple[int, ...]]
     drop_path: float
 
 
-# tiny, small, base: VMamba v0 (Liu et al. 2024, arXiv 2401.10166, table of configurations). nano is ours, for
-# tests.
+# tiny, small, base: VMamba (Liu et al. 2024, arXiv 2401.10166, and the configurations of its public release).
+# "s1l8" names Tiny; small and base of that kind have 20 blocks in the third stage. nano is ours, for tests.
 PRESETS: dict[str, Preset] = {
-    "nano": Preset((12, 24, 48, 96), (1, 1, 2, 1), 0.0),
-    "tiny": Preset((96, 192, 384, 768), (2, 2, 9, 2), 0.2),
-    "small": Preset((96, 192, 384, 768), (2, 2, 27, 2), 0.3),
-    "base": Preset((128, 256, 512, 1024), (2, 2, 27, 2), 0.5),
+    "nano": Preset((12, 24, 48, 96), {"v0": (1, 1, 2, 1), "s1l8": (1, 1, 2, 1)}, 0.0),
+    "tiny": Preset((96, 192, 384, 768), {"v0": (2, 2, 9, 2), "s1l8": (2, 2, 8, 2)}, 0.2),
+    "small": Preset((96, 192, 384, 768), {"v0": (2, 2, 27, 2), "s1l8": (2, 2, 20, 2)}, 0.3),
+    "base": Preset((128, 256, 512, 1024), {"v0": (2, 2, 27, 2), "s1l8": (2, 2, 20, 2)}, 0.5),
 }
 
 
@@ -37,9 +38,11 @@ class ModelConfig:
         size: named channels and depths; `dims` and `depths` override them.
         profile: "paper" is the published network to the bit of structure; "default" corrects its defects
             (docs/differences.md).
+        vmamba: type of the encoders: "v0", as published, or VMamba's faster "s1l8" (blocks with an MLP and
+            without a gate, one state, convolutions between the stages). Fusion and decoder are the same.
         dims: channels of the stages, each twice the one before and even; None: those of `size`.
         depths: blocks per stage; None: those of `size`.
-        d_state: states per channel of the selective scan (N).
+        d_state: states per channel of the selective scan (N); an encoder of type "s1l8" always has 1.
         drop_path: highest rate of stochastic depth in the encoders, in [0, 1); None: that of `size`. The
             decoder uses the same, but at most 0.1.
 
@@ -51,6 +54,7 @@ class ModelConfig:
 
     size: Size = "tiny"
     profile: Profile = "default"
+    vmamba: VMamba = "v0"
     dims: tuple[int, ...] | None = None
     depths: tuple[int, ...] | None = None
     d_state: int = 16
@@ -62,6 +66,8 @@ class ModelConfig:
             raise ValueError(f"size: {self.size!r} is not one of {', '.join(PRESETS)}")
         if self.profile not in ("paper", "default"):
             raise ValueError(f"profile: {self.profile!r} is not one of paper, default")
+        if self.vmamba not in ("v0", "s1l8"):
+            raise ValueError(f"vmamba: {self.vmamba!r} is not one of v0, s1l8")
         self._check_stages()
         if self.d_state < 1:
             raise ValueError(f"d_state: {self.d_state} states; at least 1 is needed")
@@ -87,7 +93,12 @@ class ModelConfig:
     @property
     def stage_depths(self) -> tuple[int, ...]:
         """Blocks of each stage."""
-        return tuple(self.depths) if self.depths is not None else PRESETS[self.size].depths
+        return tuple(self.depths) if self.depths is not None else PRESETS[self.size].depths[self.vmamba]
+
+    @property
+    def encoder_states(self) -> int:
+        """States per channel of the scans in the encoders."""
+        return self.d_state if self.vmamba == "v0" else 1
 
     @property
     def encoder_drop_path(self) -> float:

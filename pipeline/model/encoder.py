@@ -1,4 +1,6 @@
-"""The encoder of one modality: patch embedding, four stages of VSS blocks, patch merging between them.
+"""The encoder of one modality: patch embedding, four stages of VSS blocks, half the tokens from each to the next.
+
+Two types of VMamba: "v0" embeds and merges patches, "s1l8" uses overlapping convolutions for both.
 
 Letters: B batch, H W pixels, h w tokens of the current stage, M bands, C channels.
 """
@@ -54,15 +56,59 @@ class PatchMerging(nn.Module):
         return merged
 
 
+class Stem(nn.Module):
+    """Two 3x3 convolutions with stride 2, each followed by a norm (the patch embedding of `s1l8`)."""
+
+    def __init__(self, bands: int, dim: int) -> None:
+        """From `bands` bands to `dim` channels, half of them after the first convolution."""
+        super().__init__()
+        self.conv1 = nn.Conv2d(bands, dim // 2, 3, 2, 1)
+        self.norm1 = LayerNorm(dim // 2)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, 1)
+        self.norm2 = LayerNorm(dim)
+
+    def forward(self, image: Tensor, hidden: Tensor | None) -> Tensor:
+        """Image [B, M, H, W] and hidden bool [B, h, w] -> [B, h, w, C].
+
+        A token sees up to 3 pixels of its neighbours above and to the left. So the pixels of hidden tokens are
+        zero before, and the tokens after the norms.
+        """
+        if hidden is not None:
+            pixels = hidden.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
+            image = image.masked_fill(pixels[:, None, : image.shape[2], : image.shape[3]], 0)
+        x = F.gelu(self.norm1(self.conv1(image).permute(0, 2, 3, 1)))  # [B, ceil(H / 2), ceil(W / 2), C / 2]
+        tokens: Tensor = self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # [B, h, w, C]
+        return tokens if hidden is None else tokens.masked_fill(hidden[..., None], 0)
+
+
+class Downsample(nn.Module):
+    """Half as many tokens in each direction with twice the channels, by a 3x3 convolution (`s1l8`)."""
+
+    def __init__(self, dim: int) -> None:
+        """From `dim` to 2 `dim` channels."""
+        super().__init__()
+        self.conv = nn.Conv2d(dim, 2 * dim, 3, 2, 1)
+        self.norm = LayerNorm(2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, h, w, C] -> [B, ceil(h / 2), ceil(w / 2), 2 C]."""
+        halved: Tensor = self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return halved
+
+
 class Stage(nn.Module):
     """The blocks of one resolution; gives a normalised map to the fusion and goes on with the other."""
 
-    def __init__(self, dim: int, states: int, drop_path: list[float], scan: str | None, last: bool) -> None:
-        """One block per rate in `drop_path`; every stage but the last merges patches at its end."""
+    def __init__(self, config: ModelConfig, dim: int, drop_path: list[float], scan: str | None) -> None:
+        """One block per rate in `drop_path`; every stage but the last halves the tokens at its end."""
         super().__init__()
-        self.blocks = nn.ModuleList(VSSBlock(dim, states, rate, scan) for rate in drop_path)
+        v0 = config.vmamba == "v0"
+        self.blocks = nn.ModuleList(
+            VSSBlock(dim, config.encoder_states, rate, scan, mlp=not v0, gated=v0) for rate in drop_path
+        )
         self.out_norm = LayerNorm(dim)
-        self.downsample = None if last else PatchMerging(dim)
+        halve = PatchMerging if v0 else Downsample
+        self.downsample = None if dim == config.stage_dims[-1] else halve(dim)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
         """[B, h, w, C] -> output of the stage [B, h, w, C] and, unless it is the last, input of the next."""
@@ -72,17 +118,16 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """VMamba v0 as a backbone for one modality."""
+    """VMamba as a backbone for one modality."""
 
     def __init__(self, config: ModelConfig, bands: int, scan: str | None) -> None:
         """For images of `bands` bands."""
         super().__init__()
         dims, depths = config.stage_dims, config.stage_depths
         rates = torch.split_with_sizes(torch.linspace(0, config.encoder_drop_path, sum(depths), device="cpu"), depths)
-        self.patch_embed = PatchEmbed(bands, dims[0])
+        self.patch_embed = (PatchEmbed if config.vmamba == "v0" else Stem)(bands, dims[0])
         self.stages = nn.ModuleList(
-            Stage(dim, config.d_state, rate.tolist(), scan, last=dim == dims[-1])
-            for dim, rate in zip(dims, rates, strict=True)
+            Stage(config, dim, rate.tolist(), scan) for dim, rate in zip(dims, rates, strict=True)
         )
 
     def forward(self, image: Tensor, hidden: Tensor | None, keys: Tensor | None) -> list[Tensor]:

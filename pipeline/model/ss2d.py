@@ -1,9 +1,9 @@
-"""The parts every stage is made of: gated 2-D selective scan, VSS block, keyed stochastic depth.
+"""The parts every stage is made of: 2-D selective scan with and without gate, VSS block, keyed stochastic depth.
 
-Letters: B batch, H W rows and columns of tokens, C channels of the block, D = 2 C inner channels, K = 4
-directions, N states per channel, R = ceil(C / 16) rank of the step sizes.
+Letters: B batch, H W rows and columns of tokens, C channels of the block, D inner channels (2 C with a gate, C
+without), K = 4 directions, N states per channel, R = ceil(C / 16) rank of the step sizes.
 
-Structure and initial values follow VMamba v0 (Liu et al. 2024, arXiv 2401.10166, and its public release),
+Structure and initial values follow VMamba (Liu et al. 2024, arXiv 2401.10166, and its public release),
 which takes the recurrence from Mamba (Gu and Dao 2023, arXiv 2312.00752, section 3.6 for dt and A).
 """
 
@@ -22,6 +22,11 @@ from pipeline.model.scan import DIRECTIONS, ss2d_scan
 EXPAND = 2  # inner channels per channel of the block ("ssm_ratio")
 DT_RANGE = (1e-3, 1e-1)  # step sizes after softplus at the start, log-uniform
 LINEAR_STD = 0.02
+
+
+def step_rank(dim: int) -> int:
+    """R, the rank of the step sizes of a block with `dim` channels."""
+    return math.ceil(dim / 16)
 
 
 class DropPath(nn.Module):
@@ -62,35 +67,46 @@ class StateSpace(KeepPrecision):
         self.D = nn.Parameter(torch.ones(DIRECTIONS, channels))  # [K, D]
 
 
-class GatedScan(nn.Module):
-    """Projection, depthwise convolution and the four-direction scan; the gate is not yet applied."""
+class DirectionalScan(nn.Module):
+    """Depthwise convolution and the four-direction scan with the projections that make dt, B and C."""
 
-    def __init__(self, dim: int, states: int, scan: str | None) -> None:
-        """For `dim` channels and `states` states per inner channel, on the scan backend named `scan`."""
+    def __init__(self, inner: int, rank: int, states: int, scan: str | None, conv_bias: bool = True) -> None:
+        """For `inner` channels, steps of rank `rank` and `states` states, on the scan backend named `scan`."""
         super().__init__()
-        inner, rank = EXPAND * dim, math.ceil(dim / 16)
         self.split = (rank, states, states)
         self.scan = scan
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
-        self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
         self.x_proj = nn.Parameter(torch.empty(DIRECTIONS, sum(self.split), inner))  # [K, R + 2 N, D]
         self.dt_proj = nn.Parameter(torch.empty(DIRECTIONS, inner, rank))  # [K, D, R]
         self.ssm = StateSpace(inner, states)
-        nn.init.trunc_normal_(self.in_proj.weight, std=LINEAR_STD)
         nn.init.uniform_(self.x_proj, -(inner**-0.5), inner**-0.5)
         nn.init.uniform_(self.dt_proj, -(rank**-0.5), rank**-0.5)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map [B, H, W, C] to the scan summed over directions (float32) and the gate, both [B, H, W, D]."""
-        x, z = self.in_proj(x).chunk(2, -1)  # [B, H, W, D] twice
+    def scanned(self, x: Tensor) -> Tensor:
+        """Map [B, H, W, D] to the scan summed over directions, float32 [B, H, W, D]."""
         x = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # [B, H, W, D]
         parts = F.linear(x, self.x_proj.flatten(0, 1))  # [B, H, W, K (R + 2 N)]
         parts = torch.unflatten(parts, -1, (DIRECTIONS, -1))  # [B, H, W, K, R + 2 N]
         dt, B, C = torch.split_with_sizes(parts, self.split, -1)  # [B, H, W, K, R], [B, H, W, K, N] twice
         delta = torch.einsum("bhwkr,kdr->bhwkd", dt, self.dt_proj)  # [B, H, W, K, D]
         A = -torch.exp(self.ssm.A_log)  # [K, D, N]
-        y = ss2d_scan(x, delta, A, B, C, self.ssm.D, self.ssm.dt_bias, self.scan)  # [B, H, W, D]
-        return y, F.silu(z)
+        return ss2d_scan(x, delta, A, B, C, self.ssm.D, self.ssm.dt_bias, self.scan)
+
+
+class GatedScan(DirectionalScan):
+    """Projection to values and gate, and the scan of the values; the gate is not yet applied."""
+
+    def __init__(self, dim: int, states: int, scan: str | None) -> None:
+        """For `dim` channels; see `DirectionalScan`."""
+        inner = EXPAND * dim
+        super().__init__(inner, step_rank(dim), states, scan)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        nn.init.trunc_normal_(self.in_proj.weight, std=LINEAR_STD)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map [B, H, W, C] to the scan (float32) and the gate, both [B, H, W, D]."""
+        x, z = self.in_proj(x).chunk(2, -1)  # [B, H, W, D] twice
+        return self.scanned(x), F.silu(z)
 
 
 class SS2D(nn.Module):
@@ -111,6 +127,25 @@ class SS2D(nn.Module):
         return result
 
 
+class PlainSS2D(DirectionalScan):
+    """The layer of VMamba `s1l8`: no gate, as many inner channels as outer ones, no bias (its `v05_noz`)."""
+
+    def __init__(self, dim: int, states: int, scan: str | None) -> None:
+        """For `dim` channels; see `DirectionalScan`."""
+        super().__init__(dim, step_rank(dim), states, scan, conv_bias=False)
+        self.in_proj = nn.Linear(dim, dim, bias=False)
+        self.norm = LayerNorm(dim)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        for linear in (self.in_proj, self.out_proj):
+            nn.init.trunc_normal_(linear.weight, std=LINEAR_STD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        x = self.in_proj(x)
+        result: Tensor = self.out_proj(self.norm(self.scanned(x)).to(x.dtype))
+        return result
+
+
 class MLP(nn.Sequential):
     """Two linears with an exact GELU between them, four times as wide inside."""
 
@@ -128,11 +163,13 @@ class MLP(nn.Sequential):
 class VSSBlock(nn.Module):
     """x + SS2D(norm(x)), and with `mlp` also x + MLP(norm2(x)); stochastic depth on both residuals."""
 
-    def __init__(self, dim: int, states: int, drop_path: float, scan: str | None, mlp: bool = False) -> None:
-        """For `dim` channels; `drop_path` is the rate of both residuals."""
+    def __init__(
+        self, dim: int, states: int, drop_path: float, scan: str | None, mlp: bool = False, gated: bool = True
+    ) -> None:
+        """For `dim` channels; `drop_path` is the rate of both residuals; without `gated` it is `PlainSS2D`."""
         super().__init__()
         self.norm = LayerNorm(dim)
-        self.ss2d = SS2D(dim, states, scan)
+        self.ss2d = SS2D(dim, states, scan) if gated else PlainSS2D(dim, states, scan)
         self.drop_path = DropPath(drop_path)
         self.norm2 = LayerNorm(dim) if mlp else None
         self.mlp = MLP(dim) if mlp else None

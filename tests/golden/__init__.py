@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.model.convert import from_mcf_mamba
+from pipeline.model.names import from_mcf_mamba
 
 FOLDER = Path(__file__).parent
 MODELS = ("m_4_2_64x64", "m_13_2_96x128", "m_3_1_256x256")

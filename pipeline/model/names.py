@@ -5,6 +5,9 @@ Letters: K = 4 directions, D inner channels, N states.
 A published MCF-Mamba has two branches, here the modalities `m1` and `m2`. Its fusion keeps the weights of 8
 directions in one tensor, in the order m1 rows, m2 rows, m1 columns, m2 columns and the same four reversed;
 each modality of ours holds every second of them. A_logs and Ds have directions and channels on one axis.
+
+Public VMamba backbones come in two types, which use the same numbers for different layers ("v0" and "s1l8"),
+and under several generations of names, which all of them have here.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from pipeline.model.config import VMamba
 
 MODALITIES = ("m1", "m2")
 
@@ -26,16 +31,39 @@ _SCAN = {
     r"A_logs": "ssm.A_log",
     r"Ds": "ssm.D",
 }
-_BLOCK = {rf"op\.{old}": f"ss2d.gated.{new}" for old, new in _SCAN.items()} | {
-    r"op\.out_norm": "ss2d.norm",
+_REST = {
     r"op\.out_proj": "ss2d.out_proj",
+    r"op\.out_norm": "ss2d.norm",
     r"(norm2?|mlp\.fc[12])": r"\1",
 }
-_ENCODER = {
-    r"patch_embed\.0": "patch_embed.proj",
-    r"patch_embed\.2": "patch_embed.norm",
-    r"layers\.(\d+)\.downsample\.(norm|reduction)": r"stages.\1.downsample.\2",
-    r"outnorm(\d+)": r"stages.\1.out_norm",
+_GATED = {rf"op\.{old}": f"ss2d.gated.{new}" for old, new in _SCAN.items()} | _REST
+_PLAIN = {rf"op\.{old}": f"ss2d.{new}" for old, new in _SCAN.items()} | _REST
+_BLOCK: dict[VMamba, dict[str, str]] = {"v0": _GATED, "s1l8": _PLAIN}
+_ENCODER: dict[VMamba, dict[str, str]] = {
+    "v0": {
+        r"patch_embed\.0": "patch_embed.proj",
+        r"patch_embed\.2": "patch_embed.norm",
+        r"layers\.(\d+)\.downsample\.(norm|reduction)": r"stages.\1.downsample.\2",
+        r"layers\.(\d+)\.downsample\.1": r"stages.\1.downsample.norm",
+        r"layers\.(\d+)\.downsample\.2": r"stages.\1.downsample.reduction",
+        r"outnorm(\d+)": r"stages.\1.out_norm",
+    },
+    "s1l8": {
+        r"patch_embed\.0": "patch_embed.conv1",
+        r"patch_embed\.2": "patch_embed.norm1",
+        r"patch_embed\.5": "patch_embed.conv2",
+        r"patch_embed\.7": "patch_embed.norm2",
+        r"layers\.(\d+)\.downsample\.1": r"stages.\1.downsample.conv",
+        r"layers\.(\d+)\.downsample\.3": r"stages.\1.downsample.norm",
+        r"outnorm(\d+)": r"stages.\1.out_norm",
+    },
+}
+_RENAMED = {  # former names of VMamba's releases
+    r"^patch_embed\.proj\.": "patch_embed.0.",
+    r"^patch_embed\.norm\.": "patch_embed.2.",
+    r"\.ln_1\.": ".norm.",
+    r"\.self_attention\.": ".op.",
+    r"\.op\.(x_proj|dt_projs)\.weight$": r".op.\1_weight",
 }
 _FUSION = {
     r"in_norm_(m[12])": r"branches.\1.norm",
@@ -66,16 +94,24 @@ def _rename(name: str, table: Mapping[str, str]) -> str | None:
     return None
 
 
-def _in_blocks(name: str, blocks: str, prefix: str) -> str | None:
+def _in_blocks(name: str, blocks: str, prefix: str, vmamba: VMamba = "v0") -> str | None:
     """The new name of what lies in a list of VSS blocks: `blocks`.i.blocks.j... -> `prefix`.i.blocks.j..."""
     match = re.fullmatch(rf"{blocks}\.(\d+)\.blocks\.(\d+)\.(.*)", name)
-    inner = _rename(match[3], _BLOCK) if match else None
+    inner = _rename(match[3], _BLOCK[vmamba]) if match else None
     return f"{prefix}.{match[1]}.blocks.{match[2]}.{inner}" if match and inner else None
 
 
-def encoder_name(name: str) -> str | None:
-    """Our name, below `encoders.<modality>.`, of a VMamba v0 backbone's parameter; None if there is none."""
-    return _rename(name, _ENCODER) or _in_blocks(name, "layers", "stages")
+def current_name(name: str) -> str:
+    """The name that today's VMamba gives what `name` is called in any of its releases."""
+    for pattern, template in _RENAMED.items():
+        name = re.sub(pattern, template, name)
+    return name
+
+
+def encoder_name(name: str, vmamba: VMamba = "v0") -> str | None:
+    """Our name, below `encoders.<modality>.`, of a VMamba backbone's parameter; None if there is none."""
+    name = current_name(name)
+    return _rename(name, _ENCODER[vmamba]) or _in_blocks(name, "layers", "stages", vmamba)
 
 
 def mcf_mamba_name(name: str) -> str | None:
@@ -93,9 +129,24 @@ def mcf_mamba_name(name: str) -> str | None:
     return f"{prefix}.{inner}" if inner else None
 
 
-def _per_direction(name: str, tensor: Tensor, directions: int) -> Tensor:
-    """A_logs [K D, N] and Ds [K D] with the directions on an axis of their own; others unchanged."""
-    return torch.unflatten(tensor, 0, (directions, -1)) if name.endswith(("A_logs", "Ds")) else tensor
+def _reshaped(name: str, tensor: Tensor, directions: int = 4) -> Tensor:
+    """The tensor that we call `name`, with the directions on an axis of their own and 1x1 convolutions as matrices.
+
+    One that cannot be cut into so many directions stays as it is, and does not fit the network.
+    """
+    flat = {".A_log": 2, ".D": 1, ".x_proj": 2, ".dt_proj": 2}  # axes where K and D (or K and rows) are one
+    for ending, axes in flat.items():
+        if name.endswith(ending) and tensor.dim() == axes and tensor.shape[0] % directions == 0:
+            return torch.unflatten(tensor, 0, (directions, -1))
+    matrix = name.endswith((".in_proj.weight", ".out_proj.weight", ".fc1.weight", ".fc2.weight"))
+    return tensor.flatten(1) if matrix and tensor.shape[2:] == (1, 1) else tensor
+
+
+def from_vmamba(state: Mapping[str, Tensor], vmamba: VMamba) -> tuple[dict[str, Tensor], list[str]]:
+    """The parameters of a VMamba backbone by our names below `encoders.<modality>.`, and the names that fit none."""
+    names = {name: encoder_name(name, vmamba) for name in state}
+    converted = {new: _reshaped(new, state[name]) for name, new in names.items() if new}
+    return converted, [name for name, new in names.items() if not new]
 
 
 def from_mcf_mamba(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,12 +159,13 @@ def from_mcf_mamba(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         new = mcf_mamba_name(name)
         if match := _SHARED.fullmatch(name):
-            eight = _per_direction(name, tensor, 2 * 4)
+            ours = _SCAN[match[2]]
+            eight = _reshaped(f".{ours}", tensor, 2 * 4)
             for index, modality in enumerate(MODALITIES):
-                target = f"fusion.{match[1]}.branches.{modality}.gated.{_SCAN[match[2]]}"
+                target = f"fusion.{match[1]}.branches.{modality}.gated.{ours}"
                 converted[target] = eight[index::2].clone()
         elif new:
-            converted[new] = _per_direction(name, tensor, 4)
+            converted[new] = _reshaped(new, tensor)
         else:
             unknown.append(name)
     if unknown:

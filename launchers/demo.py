@@ -53,7 +53,10 @@ def demo(out: Path, scale: Scale = Scale()) -> int:
     """
     began = monotonic()
     print(f"The demo writes everything under {out}. A second call goes on where one stopped.")
-    make_data(out, scale)
+    _say(began, "1 archive: made-up scenes of Sentinel-2, Sentinel-1 and elevation, with labels")
+    fill_archive(out, scale)
+    _say(began, "2 shards: tiles on the grid of Sentinel-2, in WebDataset tars")
+    build_shards(out)
     stages = (pretraining(out, scale), *trainings(out, scale), *evaluations(out, scale))
     files = [write_config(out, config) for config in stages]
     for title, jobs in (
@@ -83,13 +86,10 @@ def _say(began: float, title: str) -> None:
     print(f"[{monotonic() - began:4.0f} s] {title}", flush=True)
 
 
-def make_data(out: Path, scale: Scale) -> None:
-    """Steps 1 and 2: the archive, and a dataset of verified shards."""
-    from shards.build import build
+def fill_archive(out: Path, scale: Scale) -> None:
+    """Step 1: the scenes and their catalog."""
     from shards.synthetic import make_archive
-    from shards.verify import verify
 
-    print("1 archive: made-up scenes of Sentinel-2, Sentinel-1 and elevation, with labels", flush=True)
     with tqdm(desc="archive", unit="place", disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -97,7 +97,13 @@ def make_data(out: Path, scale: Scale) -> None:
             bar.update(done - bar.n)
 
         make_archive(out / "archive", places=scale.places, size=scale.size, progress=progress)
-    print("2 shards: tiles on the grid of Sentinel-2, in WebDataset tars", flush=True)
+
+
+def build_shards(out: Path) -> None:
+    """Step 2: a dataset of verified shards."""
+    from shards.build import build
+    from shards.verify import verify
+
     data = str(out / "data")
     if not (out / "data" / "dataset.json").exists():
         build(configs.load("demo-shards", [f"archive.root={out / 'archive'}", f"out={data}"]))

@@ -74,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", metavar="RUN", help="run or checkpoint folder")
     export.add_argument("out", metavar="OUT", help="release folder to write")
     export.set_defaults(run=_export)
+    convert = commands.add_parser("convert", help="a public MCF-Mamba or VMamba checkpoint to a release folder")
+    convert.add_argument("checkpoint", metavar="CHECKPOINT", help="file of torch.save or safetensors")
+    convert.add_argument("out", metavar="OUT", help="release folder to write")
+    described = "bands=NAME:COUNT,... for a VMamba backbone: the modalities it is to encode"
+    convert.add_argument("settings", nargs="*", metavar="key=value", help=described)
+    convert.set_defaults(run=_convert)
     return parser
 
 
@@ -265,6 +271,13 @@ def _export(parsed: argparse.Namespace) -> int:
     from pipeline.export import export
 
     print(export(parsed.checkpoint, Path(parsed.out)))
+    return 0
+
+
+def _convert(parsed: argparse.Namespace) -> int:
+    from pipeline.model.convert import convert, parse_settings
+
+    print(convert(parsed.checkpoint, parsed.out, parse_settings(parsed.settings)))
     return 0
 
 

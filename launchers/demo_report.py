@@ -27,7 +27,7 @@ from shards.tile import open_scene, read_tile
 
 Array = NDArray[Any]
 
-INTRODUCTION = """Everything on this page was made by `mcf demo`: a made-up archive of georeferenced scenes, its \
+INTRODUCTION = """Everything on this page was made by mcf demo: a made-up archive of georeferenced scenes, its \
 shards, a small MCF-Mamba pretrained by CMSS on unlabelled tiles, finetuned from those weights and from scratch on the \
 same few labelled tiles, and a map of a scene that no step had seen.
 

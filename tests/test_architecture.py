@@ -88,7 +88,8 @@ def test_vocabulary_needs_the_standard_library_alone(module: str) -> None:
 
 
 def test_help_is_standard_library_only() -> None:
-    code = "import sys; sys.argv=['mcf','--help']\ntry:\n import launchers.command as c; c.main()\nexcept SystemExit: pass\n"
+    code = "import sys; sys.argv = ['mcf', '--help']\n"
+    code += "try:\n import launchers.command as c; c.main()\nexcept SystemExit: pass\n"
     code += "print([m for m in ('torch', 'pydantic', 'numpy', 'yaml', 'rasterio') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from pipeline.model import cmss
 from pipeline.model.config import ModelConfig
-from pipeline.model.names import from_mcf_mamba
 from pipeline.model.decoder import Level, PatchExpand
 from pipeline.model.encoder import PatchMerging
 from pipeline.model.fusion import Fusion
 from pipeline.model.mcf_mamba import MCFMamba
+from pipeline.model.names import from_mcf_mamba
 from pipeline.model.scan import BACKENDS
 from pipeline.model.ss2d import VSSBlock
 from tests.golden import FOLDER, MODELS, Golden, part

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from benchmarks.timing import machine
 
-NAMES = ("reading", "scan")
+NAMES = ("reading", "scan", "training")
 
 
 def main() -> None:

@@ -1,0 +1,117 @@
+"""The whole network: forward and training step of Tiny, their peak memory, and how both grow with the image.
+
+Every row runs in a process of its own, so that its peak of memory is its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+CHANNELS = {"s2": 4, "s1": 2}
+CLASSES = 8
+THREADS = 2
+LEARNING_RATE = 1e-4
+
+
+class Work(NamedTuple):
+    """What one process does: `repetitions` of forward, or of a whole step of pretraining, on one square image."""
+
+    pixels: int
+    training: bool
+    vmamba: Literal["v0", "s1l8"] = "v0"
+    repetitions: int = 5
+
+
+def run() -> None:
+    """Tiny at 256 pixels by encoder type, then growth with the side of the image."""
+    print(f"\nTiny, one image, {THREADS} threads, fp32; medians; a step is CMSS: masks, forward, backward, AdamW")
+    types: tuple[Literal["v0", "s1l8"], ...] = ("v0", "s1l8")
+    for vmamba in types:
+        for training in (False, True):
+            _row(Work(256, training, vmamba))
+    print("\nGrowth with the image (encoders v0)")
+    for training in (False, True):
+        for pixels in (128, 256, 512):
+            _row(Work(pixels, training, repetitions=3))
+
+
+def _row(work: Work) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        seconds, peak = pool.submit(measure, work).result()
+    what = f"{work.vmamba} {'step' if work.training else 'forward'}, 1 x {work.pixels} x {work.pixels}"
+    spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
+    median = statistics.median(seconds)
+    rate = median / work.pixels**2 * 1e6
+    print(
+        f"  {what:<28} {median:7.2f} s  ({spread})  {rate:6.1f} us per pixel  peak {peak / 1024:5.2f} GiB"
+        f"  load {os.getloadavg()[0]:.1f}",
+        flush=True,
+    )
+
+
+def measure(work: Work) -> tuple[list[float], float]:
+    """Seconds of each repetition after one for warming up, and the highest memory of this process in MiB."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    once = _step(work) if work.training else _forward(work)
+    once()
+    seconds = []
+    for _ in range(work.repetitions):
+        start = time.perf_counter()
+        once()
+        seconds.append(time.perf_counter() - start)
+    return seconds, _peak()
+
+
+def _forward(work: Work) -> Callable[[], None]:
+    import torch
+
+    from pipeline.model import MCFMamba, ModelConfig
+
+    model = MCFMamba(ModelConfig(vmamba=work.vmamba), CHANNELS, CLASSES).eval()
+    images = {name: torch.rand(1, bands, work.pixels, work.pixels) for name, bands in CHANNELS.items()}
+
+    def once() -> None:
+        with torch.no_grad():
+            model(images)
+
+    return once
+
+
+def _step(work: Work) -> Callable[[], None]:
+    import torch
+
+    from pipeline.model import MCFMamba, ModelConfig, cmss
+
+    model = MCFMamba(ModelConfig(vmamba=work.vmamba), CHANNELS, sum(CHANNELS.values()))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    images = {name: torch.rand(1, bands, work.pixels, work.pixels) for name, bands in CHANNELS.items()}
+    valid = {name: torch.ones(1, work.pixels, work.pixels, dtype=torch.bool) for name in CHANNELS}
+    position = torch.zeros(1, dtype=torch.int64)
+
+    def once() -> None:
+        blocks = cmss.hide(cmss.presence(valid), position, seed=0, ratio=0.5)
+        recon = model(images, cmss.hidden_tokens(blocks, valid), keys=position)
+        optimiser.zero_grad()
+        cmss.loss(recon, images, blocks, valid)[0].mean().backward()
+        optimiser.step()
+
+    return once
+
+
+def _peak() -> float:
+    """Highest resident memory of this process in MiB, as Linux counts it since the program was loaded."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise RuntimeError("/proc/self/status has no VmHWM: peaks of memory are measured on Linux only")
+    return int(found[1]) / 1024

@@ -12,27 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import compare
+from benchmarks.training import in_new_process, peak
 from pipeline.model.scan import BACKENDS, available, ss2d_scan
 
 STAGES = {"stage 1": (192, 64), "stage 2": (384, 32), "stage 3": (768, 16), "stage 4": (1536, 8)}
+GROWTH = {"32 x 32": (192, 32), "64 x 64": (192, 64)}
 STATES = 16
+LINEAR = "linear loop"
 Scan = Callable[..., Tensor]
 
 
 def run() -> None:
-    """Two tables per stage of Tiny at 256 x 256 pixels, one thread."""
+    """Two tables per stage of Tiny at 256 x 256 pixels, one thread; growth with the map and memory at stage 1."""
     torch.set_num_threads(1)
-    published, plain = partial(loop, linear=False), partial(loop, linear=True)
-    ours: dict[str, Scan] = {
-        name: partial(ss2d_scan, backend=name) for name in BACKENDS if name != "reference" and available(name)
-    }
-    _check({"published-style loop": published, "linear loop": plain, **ours})
+    published, plain = partial(loop, linear=False), _scan(LINEAR)
+    ours = {name: _scan(name) for name in BACKENDS if name != "reference" and available(name)}
+    _check({"published-style loop": published, LINEAR: plain, **ours})
     for stage, (channels, side) in STAGES.items():
         tensors = _tensors(channels, side)
         title = f"{stage}, {channels} channels, {side} x {side}, {STATES} states, 4 directions, one thread"
@@ -43,9 +45,29 @@ def run() -> None:
         )
         compare(
             f"Scan forward and backward, {title}",
-            {"linear loop": _training(plain, tensors)}
-            | {name: _training(scan, tensors) for name, scan in ours.items()},
+            {LINEAR: _training(plain, tensors)} | {name: _training(scan, tensors) for name, scan in ours.items()},
         )
+    for name, scan in ours.items():
+        functions = {side: _training(scan, _tensors(*shape)) for side, shape in GROWTH.items()}
+        compare(f"Scan forward and backward, 192 channels, four times the pixels, {name}", functions)
+    print("\nExtra peak memory of forward and backward at stage 1, each in a process of its own")
+    for name in (LINEAR, *ours):
+        print(f"  {name:<44} {in_new_process(extra_memory, name):9.1f} MiB", flush=True)
+
+
+def _scan(name: str) -> Scan:
+    return partial(loop, linear=True) if name == LINEAR else partial(ss2d_scan, backend=name)
+
+
+def extra_memory(name: str) -> float:
+    """MiB that a forward and backward at stage 1 need above its inputs, gradients included, in this process."""
+    torch.set_num_threads(1)
+    _training(_scan(name), _tensors(8, 5))()  # what is loaded and compiled once
+    once = _training(_scan(name), _tensors(*STAGES["stage 1"]))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here (Linux, proc(5))
+    before = peak()
+    once()
+    return peak() - before
 
 
 def loop(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, linear: bool) -> Tensor:

@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 CHANNELS = {"s2": 4, "s1": 2}
 CLASSES = 8
 THREADS = 2
 LEARNING_RATE = 1e-4
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 class Work(NamedTuple):
@@ -44,17 +46,22 @@ def run() -> None:
 
 
 def _row(work: Work) -> None:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        seconds, peak = pool.submit(measure, work).result()
+    seconds, highest = in_new_process(measure, work)
     what = f"{work.vmamba} {'step' if work.training else 'forward'}, 1 x {work.pixels} x {work.pixels}"
     spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
     median = statistics.median(seconds)
     rate = median / work.pixels**2 * 1e6
     print(
-        f"  {what:<28} {median:7.2f} s  ({spread})  {rate:6.1f} us per pixel  peak {peak / 1024:5.2f} GiB"
+        f"  {what:<28} {median:7.2f} s  ({spread})  {rate:6.1f} us per pixel  peak {highest / 1024:5.2f} GiB"
         f"  load {os.getloadavg()[0]:.1f}",
         flush=True,
     )
+
+
+def in_new_process(function: Callable[[Argument], Result], argument: Argument) -> Result:
+    """`function(argument)` in a process that has done nothing before."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, argument).result()
 
 
 def measure(work: Work) -> tuple[list[float], float]:
@@ -70,7 +77,7 @@ def measure(work: Work) -> tuple[list[float], float]:
         start = time.perf_counter()
         once()
         seconds.append(time.perf_counter() - start)
-    return seconds, _peak()
+    return seconds, peak()
 
 
 def _forward(work: Work) -> Callable[[], None]:
@@ -109,7 +116,7 @@ def _step(work: Work) -> Callable[[], None]:
     return once
 
 
-def _peak() -> float:
+def peak() -> float:
     """Highest resident memory of this process in MiB, as Linux counts it since the program was loaded."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:

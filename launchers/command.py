@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="a public MCF-Mamba or VMamba checkpoint to a release folder")
     convert.add_argument("checkpoint", metavar="CHECKPOINT", help="file of torch.save or safetensors")
     convert.add_argument("out", metavar="OUT", help="release folder to write")
-    described = "bands=NAME:COUNT,... for a VMamba backbone: the modalities it is to encode"
+    described = "bands=NAME:COUNT,...: the modalities; a VMamba backbone needs them"
     convert.add_argument("settings", nargs="*", metavar="key=value", help=described)
     convert.set_defaults(run=_convert)
     return parser

@@ -14,11 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from launchers import command
+from pipeline import checkpoint
 from pipeline.model import MCFMamba, ReleaseError
 from pipeline.model.convert import ConvertError, adapt, convert, parse_settings
 from pipeline.model.release import read_contract
+from pipeline.pretrain import pretrain
 from shards.contract import Contract
 from tests.golden import MODELS, Golden
+from tests.small_dataset import one_thread, write_dataset  # noqa: F401
+from tests.training_scenarios import config
 
 State = dict[str, Tensor]
 
@@ -65,6 +69,23 @@ def test_a_published_mcf_mamba_gives_its_logits(name: str, tmp_path: Path) -> No
     opened = Contract.from_json(read_contract(tmp_path / "out"))
     assert opened.channels == model.channels and opened.modality("m2").scale == (1.0,) * facts["m2_channels"]
     json.dumps(read_contract(tmp_path / "out"), allow_nan=False)
+
+
+def test_the_modalities_of_a_published_one_can_be_named(tmp_path: Path) -> None:
+    g, path = Golden(MODELS[0]), write(tmp_path / "best.pth", published())
+    convert(path, tmp_path / "out", {"rgbnir": 4, "s1": 2})
+    model = MCFMamba.from_pretrained(tmp_path / "out")
+    assert model.channels == {"rgbnir": 4, "s1": 2}
+    with torch.no_grad():
+        logits = model({"rgbnir": g["in/m1"], "s1": g["in/m2"]})
+    g.check("out/logits", logits, g.facts["tolerance"]["out/logits"]["rtol_of_absmax"])
+    assert Contract.from_json(read_contract(tmp_path / "out")).modality("s1").offset == (-25.0, -25.0)
+    for bands in ({"s1": 2, "rgbnir": 4}, {"rgbnir": 4}):
+        with pytest.raises(ConvertError, match="the checkpoint has m1:4, m2:2; give two names"):
+            convert(path, tmp_path / "other", bands)
+    swapped = convert(path, tmp_path / "swapped", {"m2": 4, "m1": 2}).model
+    with torch.no_grad():
+        assert torch.equal(swapped({"m2": g["in/m1"], "m1": g["in/m2"]}), logits)
 
 
 @pytest.mark.parametrize("form", ["bare", "state_dict", "safetensors"])
@@ -177,7 +198,6 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     assert "missing head.weight" in refused(tmp_path, without(whole, "sem_seg_head.output.weight"))
     other = whole | {"sem_seg_head.upsample.norm.bias": torch.ones(5)}
     assert "decoder.expand.norm.bias is (5,), the model has (12,)" in refused(tmp_path, other)
-    assert "bands: " in refused(tmp_path, whole, {"s1": 2})
     backbone = s1l8()
     assert "1 tensors are no part of a VMamba s1l8: extra" in refused(
         tmp_path, backbone | {"extra": torch.ones(1)}, {"a": 3}
@@ -227,6 +247,16 @@ def test_damaged_files_are_named(name: str, content: bytes | None, tmp_path: Pat
     path.write_bytes(content)
     with pytest.raises(ConvertError, match=r"a\.(pth|safetensors) is (damaged|no file)"):
         convert(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["v0", "s1l8"])
+def test_pretraining_starts_from_a_converted_backbone(kind: str, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data")
+    state = v0() if kind == "v0" else s1l8()
+    convert(write(tmp_path / "a.pth", state), tmp_path / "release", {"s1": 2, "dem": 1})
+    run = pretrain(config(tmp_path, "run", start=str(tmp_path / "release"), steps=1, normalise="range"))
+    found = checkpoint.find(run)
+    assert found.model_config.vmamba == kind and found.contract.sensors == ("s1", "dem")
 
 
 def test_settings_of_the_command_line() -> None:

@@ -1,7 +1,7 @@
 """Public checkpoints as release folders: `mcf convert CHECKPOINT OUT`.
 
 Two kinds are known. A published MCF-Mamba (two branches) becomes a whole release of `profile: paper`, its
-modalities called `m1` and `m2`; every tensor must find its place and every place its tensor. A VMamba backbone
+modalities called `m1` and `m2` unless named; every tensor must find its place and every place its tensor. A VMamba backbone
 (v0 or s1l8, trained on RGB photographs) fills the encoders of the modalities asked for; fusion, decoder, the
 norms after the stages and a head that reconstructs all bands stay at initial values (seed 0), ready for
 pretraining. Whatever was not taken or not filled is listed in the result and in the folder's README.
@@ -83,8 +83,9 @@ def convert(checkpoint: str | Path, out: str | Path, bands: Mapping[str, int] | 
     Args:
         checkpoint: a file of torch.save or safetensors.
         out: release folder to make; must be absent or empty.
-        bands: number of bands of each modality, for a VMamba backbone only. A name of `shards.sensors` stands
-            for that sensor with all of its bands; any other name is a modality that comes already normalised.
+        bands: number of bands of each modality. A name of `shards.sensors` stands for that sensor with all of
+            its bands; any other name is a modality that comes already normalised. A VMamba backbone needs
+            them; for an MCF-Mamba they only give its two modalities other names than `m1` and `m2`.
 
     Raises:
         ConvertError: unreadable, neither kind of checkpoint, tensors without a place or places without a
@@ -93,10 +94,8 @@ def convert(checkpoint: str | Path, out: str | Path, bands: Mapping[str, int] | 
     """
     state, left_out = read(Path(checkpoint))
     if any(name.startswith(BRANCH) for name in state):
-        if bands:
-            raise ConvertError(f"bands: {checkpoint} is a whole MCF-Mamba with bands of its own; leave them out")
         kind, initial = "published MCF-Mamba", list[str]()
-        model = _whole(state, checkpoint)
+        model = _whole(state, bands, checkpoint)
     elif any(current_name(name).startswith("patch_embed.0.") for name in state):
         if not bands:
             raise ConvertError(f"{checkpoint} is a VMamba backbone; write which modalities it is to encode: {EXAMPLE}")
@@ -167,8 +166,8 @@ def _open(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _whole(state: Mapping[str, Tensor], source: str | Path) -> MCFMamba:
-    """The network of a published MCF-Mamba; all names and shapes must fit."""
+def _whole(state: Mapping[str, Tensor], bands: Mapping[str, int] | None, source: str | Path) -> MCFMamba:
+    """The network of a published MCF-Mamba, its modalities called as in `bands`; all names and shapes must fit."""
     try:
         converted = from_mcf_mamba(state)
     except ValueError as error:
@@ -178,9 +177,26 @@ def _whole(state: Mapping[str, Tensor], source: str | Path) -> MCFMamba:
     if missing := [name for name in [*needed, "head.weight"] if name not in converted]:
         raise ConvertError(f"{source}: missing {_listed(missing)} (by our names)")
     channels = {name: converted[first].shape[1] for name, first in zip(MODALITIES, needed, strict=True)}
-    model = _fresh(structure, channels, converted["head.weight"].shape[0])
-    load_parameters(model, converted, source)
+    names = _new_names(channels, bands or channels)
+    model = _fresh(
+        structure, dict(zip(names.values(), channels.values(), strict=True)), converted["head.weight"].shape[0]
+    )
+    named = {
+        re.sub(r"^(encoders|fusion\.\d+\.branches)\.(m[12])\.", lambda m: f"{m[1]}.{names[m[2]]}.", name): tensor
+        for name, tensor in converted.items()
+    }
+    load_parameters(model, named, source)
     return model
+
+
+def _new_names(channels: Mapping[str, int], bands: Mapping[str, int]) -> dict[str, str]:
+    """What the modalities of a published MCF-Mamba are to be called: `bands` names them in order."""
+    if list(bands.values()) != list(channels.values()):
+        found = ", ".join(f"{name}:{count}" for name, count in channels.items())
+        raise ConvertError(f"bands: the checkpoint has {found}; give two names with these numbers of bands, or none")
+    for name, count in bands.items():
+        colours(name, count)  # a sensor's name must mean that sensor
+    return dict(zip(channels, bands, strict=True))
 
 
 def _backbone(

@@ -1,10 +1,10 @@
 """Public checkpoints as release folders: `mcf convert CHECKPOINT OUT`.
 
 Two kinds are known. A published MCF-Mamba (two branches) becomes a whole release of `profile: paper`, its
-modalities called `m1` and `m2` unless named; every tensor must find its place and every place its tensor. A VMamba backbone
-(v0 or s1l8, trained on RGB photographs) fills the encoders of the modalities asked for; fusion, decoder, the
-norms after the stages and a head that reconstructs all bands stay at initial values (seed 0), ready for
-pretraining. Whatever was not taken or not filled is listed in the result and in the folder's README.
+modalities called `m1` and `m2` unless named; every tensor must find its place and every place its tensor. A
+VMamba backbone (v0 or s1l8, trained on RGB photographs) fills the encoders of the modalities asked for; fusion,
+decoder, the norms after the stages and a head that reconstructs all bands stay at initial values (seed 0), ready
+for pretraining. Whatever was not taken or not filled is listed in the result and in the folder's README.
 
 Files are opened as safetensors or by `torch.load(weights_only=True)`: nothing in them is executed.
 """

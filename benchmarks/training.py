@@ -29,20 +29,26 @@ class Work(NamedTuple):
     pixels: int
     training: bool
     vmamba: Literal["v0", "s1l8"] = "v0"
-    repetitions: int = 5
+    repetitions: int = 3
+
+
+WORKS = (
+    Work(256, False),
+    Work(256, True),
+    Work(256, False, "s1l8"),
+    Work(256, True, "s1l8"),
+    Work(128, False),
+    Work(512, False),
+    Work(128, True),
+    Work(512, True),
+)
 
 
 def run() -> None:
-    """Tiny at 256 pixels by encoder type, then growth with the side of the image."""
+    """Tiny at 256 pixels by encoder type, then the v0 encoders at half and twice the side."""
     print(f"\nTiny, one image, {THREADS} threads, fp32; medians; a step is CMSS: masks, forward, backward, AdamW")
-    types: tuple[Literal["v0", "s1l8"], ...] = ("v0", "s1l8")
-    for vmamba in types:
-        for training in (False, True):
-            _row(Work(256, training, vmamba))
-    print("\nGrowth with the image (encoders v0)")
-    for training in (False, True):
-        for pixels in (128, 256, 512):
-            _row(Work(pixels, training, repetitions=3))
+    for work in WORKS:
+        _row(work)
 
 
 def _row(work: Work) -> None:

@@ -12,8 +12,10 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
+from unittest import mock
 
 CHANNELS = {"s2": 4, "s1": 2}
 CLASSES = 8
@@ -24,12 +26,16 @@ Result = TypeVar("Result")
 
 
 class Work(NamedTuple):
-    """What one process does: `repetitions` of forward, or of a whole step of pretraining, on one square image."""
+    """What one process does: `repetitions` of forward, or of a whole step of pretraining, on one square image.
+
+    With `scan` the network runs the plain loop of that name (benchmarks/scan.py) instead of ours.
+    """
 
     pixels: int
     training: bool
     vmamba: Literal["v0", "s1l8"] = "v0"
     repetitions: int = 3
+    scan: Literal["ours", "linear loop", "published-style loop"] = "ours"
 
 
 WORKS = (
@@ -39,13 +45,18 @@ WORKS = (
     Work(256, True, "s1l8"),
     Work(128, False),
     Work(512, False),
+    Work(1024, False),
     Work(128, True),
     Work(512, True),
+    Work(64, True),
+    Work(64, True, repetitions=1, scan="linear loop"),
+    Work(64, True, repetitions=1, scan="published-style loop"),
+    Work(128, True, repetitions=1, scan="linear loop"),
 )
 
 
 def run() -> None:
-    """Tiny at 256 pixels by encoder type, then the v0 encoders at half and twice the side."""
+    """Tiny at 256 pixels by encoder type, its growth with the image, and the same network with the scan as a loop."""
     print(f"\nTiny, one image, {THREADS} threads, fp32; medians; a step is CMSS: masks, forward, backward, AdamW")
     for work in WORKS:
         _row(work)
@@ -54,11 +65,12 @@ def run() -> None:
 def _row(work: Work) -> None:
     seconds, highest = in_new_process(measure, work)
     what = f"{work.vmamba} {'step' if work.training else 'forward'}, 1 x {work.pixels} x {work.pixels}"
+    what += f", {work.scan}" if work.scan != "ours" else ""
     spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
     median = statistics.median(seconds)
     rate = median / work.pixels**2 * 1e6
     print(
-        f"  {what:<28} {median:7.2f} s  ({spread})  {rate:6.1f} us per pixel  peak {highest / 1024:5.2f} GiB"
+        f"  {what:<48} {median:7.2f} s  ({spread})  {rate:6.1f} us per pixel  peak {highest / 1024:5.2f} GiB"
         f"  load {os.getloadavg()[0]:.1f}",
         flush=True,
     )
@@ -77,13 +89,28 @@ def measure(work: Work) -> tuple[list[float], float]:
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     once = _step(work) if work.training else _forward(work)
+    with _scan_of(work):
+        return _seconds(once, work.repetitions), peak()
+
+
+def _scan_of(work: Work) -> AbstractContextManager[object]:
+    """A context in which the network's scan is the one asked for."""
+    if work.scan == "ours":
+        return nullcontext()
+    from benchmarks.scan import loop
+
+    linear = work.scan == "linear loop"
+    return mock.patch("pipeline.model.ss2d.ss2d_scan", lambda *tensors: loop(*tensors[:7], linear=linear))
+
+
+def _seconds(once: Callable[[], None], repetitions: int) -> list[float]:
     once()
     seconds = []
-    for _ in range(work.repetitions):
+    for _ in range(repetitions):
         start = time.perf_counter()
         once()
         seconds.append(time.perf_counter() - start)
-    return seconds, peak()
+    return seconds
 
 
 def _forward(work: Work) -> Callable[[], None]:

@@ -95,6 +95,9 @@ class EngineConfig:
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of matrix products; parameters and their moments are always fp32"
     )
+    scan: Literal["reference", "torch", "cpp"] | None = Field(
+        default=None, description="backend of the selective scan; null = the fastest that works here"
+    )
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="further DeepSpeed JSON keys, as they are")
 
     @field_validator("deepspeed")

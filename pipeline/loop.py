@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ from pipeline import checkpoint
 from pipeline.batch import Batch
 from pipeline.engine import Engine
 from pipeline.log import Journal
-from pipeline.model.config import ModelConfig
 from pipeline.optim import learning_rate
 from pipeline.ranks import agree
 from pipeline.run import Run, facts
 from pipeline.signals import Stopped, StopRequest
+
+if TYPE_CHECKING:
+    from pipeline.model.mcf_mamba import MCFMamba
 
 # (model, batch) -> loss of every sample [B], and its named parts [B].
 Objective = Callable[[Callable[..., Tensor], Batch], tuple[Tensor, Mapping[str, Tensor]]]
@@ -77,8 +79,7 @@ def save(run: Run, engine: Engine, step: int) -> None:
     """Write a checkpoint. Collective; returns when it is on disk."""
     state = engine.gather()
     if state:
-        model: ModelConfig = engine.module.config  # type: ignore[assignment]
-        checkpoint.save(run.folder, state, facts(run, step, model), run.config.keep)
+        checkpoint.save(run.folder, state, facts(run, step, cast("MCFMamba", engine.module)), run.config.keep)
     torch.distributed.barrier()
 
 

@@ -26,7 +26,6 @@ from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Training
 from pipeline.engine import Engine
-from pipeline.model.config import ModelConfig
 from pipeline.model.mcf_mamba import MCFMamba
 from pipeline.ranks import Ranks
 from shards.contract import Contract, ContractError, compare
@@ -163,7 +162,8 @@ def build_model(run: Run, start: Start, outputs: int, new: str = "") -> MCFMamba
     """
     source = start.checkpoint
     torch.manual_seed(run.config.seed)
-    model = MCFMamba(source.model_config if source else run.config.model, run.contract.channels, outputs)
+    structure = source.model_config if source else run.config.model
+    model = MCFMamba(structure, run.contract.channels, outputs, run.config.engine.scan)
     if source:
         parameters = source.state.parameters
         if new and not start.resumed:
@@ -201,7 +201,7 @@ def transfer(model: nn.Module, parameters: Mapping[str, Tensor], origin: str) ->
             log.warning("%s from %s: %s", what, origin, _abridged(sorted(names)))
 
 
-def facts(run: Run, step: int, model: ModelConfig) -> dict[str, Any]:
+def facts(run: Run, step: int, model: MCFMamba) -> dict[str, Any]:
     """What state.json of this run says after `step` steps, beside the hashes."""
     return {
         "step": step,
@@ -209,7 +209,8 @@ def facts(run: Run, step: int, model: ModelConfig) -> dict[str, Any]:
         "seed": run.config.seed,
         "lanes": run.config.lanes,
         "fingerprint": run.fingerprint,
-        "model": asdict(model),
+        "model": asdict(model.config),
+        "scan": model.scan_backend,
         "contract": run.contract.to_json(),
         "config": configs.to_dict(run.config),
         "version": code_version(),

@@ -31,7 +31,7 @@ STEPS, GLOBAL_BATCH, MICRO = 4, 4, 2
 class Linear(nn.Linear):
     """A model as the loop sees one."""
 
-    config = ModelConfig()
+    config, scan_backend = ModelConfig(), "torch"
 
 
 def batches(start: int = 0) -> Any:

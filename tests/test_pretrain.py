@@ -130,6 +130,14 @@ def test_every_field_has_an_effect(first_loss: Any) -> None:
         assert first_loss(**change) != plain, change
 
 
+@pytest.mark.parametrize("scan", ["torch", "reference"])
+def test_the_scan_can_be_chosen_and_is_recorded(folder: Path, scan: str) -> None:
+    settings = config(folder, f"scan-{scan}", steps=1, engine={"scan": scan})
+    found = checkpoint.find(pretrain(settings))
+    assert found.facts["scan"] == scan
+    assert torch.isfinite(found.state.parameters["head.weight"]).all()
+
+
 def test_masks_follow_seed_and_position_not_the_batch() -> None:
     settings, samples = config(Path(), "run", seed=5), batch()
     whole = hidden_blocks(settings, samples)

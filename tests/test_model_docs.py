@@ -25,7 +25,8 @@ def test_every_test_named_in_the_differences_is_there() -> None:
 
 
 def test_every_row_of_the_differences_has_evidence() -> None:
-    rows = [line for line in (ROOT / "docs/differences.md").read_text().splitlines() if line.startswith("| ")]
+    _, _, tables = (ROOT / "docs/differences.md").read_text().partition("## Switched by")
+    rows = [line for line in tables.splitlines() if line.startswith("| ")]
     rows = [row for row in rows if not row.startswith("| what |")]
     assert len(rows) > 12
     assert [row for row in rows if not named_tests(row.split(" | ")[-1])] == []

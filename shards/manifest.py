@@ -45,7 +45,6 @@ class Selection:
     contract: Contract
     rows: pa.Table
     fingerprint: str
-    dataset: str
 
     def __len__(self) -> int:
         return int(self.rows.num_rows)
@@ -98,7 +97,7 @@ def select(
     filters = sorted((key, sorted(map(str, values))) for key, values in (where or {}).items())
     identity = [facts["fingerprint"], list(contract.sensors), filters, limit, seed if limit is not None else None]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return Selection(store, contract, rows.combine_chunks(), fingerprint, facts["fingerprint"])
+    return Selection(store, contract, rows.combine_chunks(), fingerprint)
 
 
 def read_facts(store: Store) -> dict[str, Any]:

@@ -91,17 +91,6 @@ SENSORS: Mapping[str, Sensor] = MappingProxyType(
 )  # fmt: skip
 
 
-def sensor(name: str) -> Sensor:
-    """The row called `name`.
-
-    Raises:
-        SensorError: no such sensor; the message lists those that exist.
-    """
-    if name not in SENSORS:
-        raise SensorError(f"unknown sensor {name!r}; known sensors: {', '.join(SENSORS)}")
-    return SENSORS[name]
-
-
 def match(name: str, known: Iterable[str]) -> str:
     """The one of `known` that `name` stands for: itself, or the only one that begins with it (`s2` for `s2-l1c`).
 

@@ -21,6 +21,9 @@ class Archive:
 
     name: str = Field(default="catalog", description="layout of the archive")
     root: str = Field(description="folder or table of the archive")
+    pattern: str = Field(default="", description="of file names, for archive.name=folder: {place}/{sensor}.tif")
+    licence: str = Field(default="", description="licence of the data, where the layout does not imply it")
+    attribution: str = Field(default="", description="whom to name, where the layout does not imply it")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -33,6 +36,7 @@ class Label:
         default=None, description="the raster's code of each class; 0, 1, 2, ... when absent"
     )
     ignored: tuple[int, ...] = Field(default=(255,), description="codes that mean 'no label here'")
+    min_area: float = Field(default=0, ge=0, description="of polygon labels: drop those below this many square metres")
 
     @model_validator(mode="after")
     def _consistent(self) -> Any:
@@ -40,6 +44,11 @@ class Label:
         if self.codes is not None and len(self.codes) != len(self.names):
             raise ValueError(f"{len(self.names)} names but {len(self.codes)} codes; give one per class")
         return self
+
+    def table(self) -> dict[int, int]:
+        """Class index by code."""
+        codes = self.codes or tuple(range(len(self.names)))
+        return {code: index for index, code in enumerate(codes)}
 
     def classes(self) -> Classes:
         """The classes as the contract writes them down."""
@@ -54,6 +63,11 @@ class Tiling:
     stride: int | None = Field(default=None, ge=1, description="pixels from one tile to the next; the size when absent")
     min_valid: Fraction = Field(default=0.5, description="least share of valid pixels in every modality")
     max_days: float | None = Field(default=None, ge=0, description="how far apart in time scenes of one sample may be")
+    metres: float | None = Field(
+        default=None, gt=0, description="side of a pixel on a UTM grid; the reference's own grid when absent"
+    )
+    max_cloud: Fraction | None = Field(default=None, description="most cloud, by the product's own mask")
+    max_shift: float | None = Field(default=None, gt=0, description="most pixels by which modalities may lie apart")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

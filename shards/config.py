@@ -71,6 +71,32 @@ class Tiling:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Split:
+    """How samples are dealt to splits, and how far apart tiles of two splits stay."""
+
+    by: Literal["group", "block", "archive"] = Field(
+        description="what stays together: the archive's groups, squares of ground, or the archive's own splits"
+    )
+    fractions: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=lambda: {"train": 0.8, "val": 0.1, "test": 0.1}, description="share of the samples per split"
+    )
+    block_km: float = Field(default=25, gt=0, description="side of a square of ground, for by=block")
+    buffer_m: float = Field(
+        default=0, ge=0, le=100_000, description="tiles of two splits neither meet nor lie nearer than this"
+    )
+    enforce: bool = Field(default=True, description="move tiles that lie too near to split 'buffer'; else only count")
+    seed: int = Field(default=0, description="of the order in which groups or blocks are dealt")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Any:
+        if abs(sum(self.fractions.values()) - 1) > 1e-6:
+            raise ValueError(f"split.fractions {self.fractions} sum to {sum(self.fractions.values()):g}; 1 is expected")
+        if reserved := {"", "buffer"} & set(self.fractions):
+            raise ValueError(f"split.fractions: {reserved.pop()!r} cannot name a split")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ShardsConfig:
     """Scenes of an archive to shards in a store."""
 
@@ -80,6 +106,7 @@ class ShardsConfig:
     sensors: tuple[str, ...] = Field(min_length=1, description="modalities; the first gives the grid")
     label: Label | None = Field(default=None, description="classes, when the archive is labelled")
     tile: Tiling = Tiling()
+    split: Split | None = Field(default=None, description="splits by geography; the archive's own when absent")
     encoding: Encoding = Field(default="blosc2-zstd", description="of arrays: blosc2-zstd, blosc2-lz4 or npy")
     samples_per_shard: int = Field(default=512, ge=1, description="tiles planned per shard")
     on_error: Literal["fail", "skip"] = Field(default="fail", description="what an unusable place does")

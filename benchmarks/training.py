@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 from unittest import mock
 
+from benchmarks.timing import compare
+
 CHANNELS = {"s2": 4, "s1": 2}
 CLASSES = 8
 THREADS = 2
 LEARNING_RATE = 1e-4
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
+ScanName = Literal["ours", "linear loop", "published-style loop"]
 
 
 class Work(NamedTuple):
@@ -35,7 +38,7 @@ class Work(NamedTuple):
     training: bool
     vmamba: Literal["v0", "s1l8"] = "v0"
     repetitions: int = 3
-    scan: Literal["ours", "linear loop", "published-style loop"] = "ours"
+    scan: ScanName = "ours"
 
 
 WORKS = (
@@ -48,11 +51,13 @@ WORKS = (
     Work(1024, False),
     Work(128, True),
     Work(512, True),
-    Work(64, True),
-    Work(64, True, repetitions=1, scan="linear loop"),
-    Work(64, True, repetitions=1, scan="published-style loop"),
-    Work(128, True, repetitions=1, scan="linear loop"),
+    Work(768, True),
+    Work(128, True, repetitions=1, scan="published-style loop"),
 )
+SCANS: dict[int, tuple[ScanName, ...]] = {
+    64: ("published-style loop", "linear loop", "ours"),
+    128: ("linear loop", "ours"),
+}
 
 
 def run() -> None:
@@ -60,6 +65,28 @@ def run() -> None:
     print(f"\nTiny, one image, {THREADS} threads, fp32; medians; a step is CMSS: masks, forward, backward, AdamW")
     for work in WORKS:
         _row(work)
+    for pixels, scans in SCANS.items():
+        in_new_process(compare_scans, (pixels, scans))
+
+
+def compare_scans(arguments: tuple[int, tuple[ScanName, ...]]) -> None:
+    """The same step with one scan and another, in turn."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    pixels, scans = arguments
+    steps = {scan: _with_scan(Work(pixels, True, scan=scan)) for scan in scans}
+    compare(f"Step of pretraining, Tiny, 1 x {pixels} x {pixels}, {THREADS} threads", steps)
+
+
+def _with_scan(work: Work) -> Callable[[], None]:
+    once = _step(work)
+
+    def under() -> None:
+        with _scan_of(work):
+            once()
+
+    return under
 
 
 def _row(work: Work) -> None:

@@ -160,7 +160,11 @@ def _build(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         planned = plan(config)
         print(configs.dump(config))
-        print(f"{planned.items} tiles in {len(planned.shards)} shards; {len(planned.skipped)} places skipped")
+        print(f"{planned.items} tiles in {planned.shards} shards from {len(planned.views)} views")
+        for reason, count in planned.reasons().items():
+            print(f"  left out: {count} x {reason}, such as {', '.join(planned.examples().get(reason, [])[:3])}")
+        for problem in planned.problems:
+            print(f"  skipped: {problem}")
         return 0
     build(config)
     return 0 if int(config.part.split("/")[1]) > 1 else _show_dataset(config.out)
@@ -187,7 +191,7 @@ def _show_dataset(data: str) -> int:
         f"{data}: {facts['samples']} samples ({summary(store)}) in {len(facts['shards'])} shards, {size / 1e6:.1f} MB"
     )
     for reason, count in facts["left_out"].items():
-        print(f"  left out {count} tiles: {reason}")
+        print(f"  left out: {count} x {reason}")
     for reason in facts["skipped"]:
         print(f"  skipped: {reason}")
     return 0

@@ -36,7 +36,11 @@ Both ways of training had the same budget, seeds and labels. Nothing was tuned o
 
 def unseen(out: Path) -> Place:
     """The place that is neither in training nor in the test."""
-    return next(place for place in open_archive("catalog", str(out / "archive")) if place.split == "predict")
+    return next(place for place in _places(out) if place.split == "predict")
+
+
+def _places(out: Path) -> list[Place]:
+    return [place for place in open_archive("catalog", str(out / "archive")) if isinstance(place, Place)]
 
 
 def predict_scene(out: Path, run: Path) -> Path:
@@ -156,7 +160,7 @@ def _finetuning(runs: dict[str, list[Path]]) -> Figure:
 
 
 def _data(out: Path, facts: dict[str, Any], contract: Contract) -> list[Section]:
-    first = next(open_archive("catalog", str(out / "archive")))
+    first = _places(out)[0]
     assert contract.classes is not None
     pictures, label = look(first, contract)
     shards = [[name, f"{shard['bytes'] / 1e6:.2f}", shard["sha256"][:16]] for name, shard in facts["shards"].items()]

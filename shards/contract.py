@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 FORMAT_VERSION = 1
+IGNORE = 255  # label value of pixels that count nowhere
 
 Normalisation = Literal["range", "statistics"]
 
@@ -24,7 +25,8 @@ class Modality:
     """What one modality's array [C, H, W] holds.
 
     The network's input is `(clip(value) - offset) / scale` per band; invalid pixels are 0 after that. `mean` and `std`
-    are over the valid pixels of a dataset, in `unit` and after clipping; None where they were not computed.
+    are over the valid pixels of a dataset, in `unit` and after clipping; None where they were not computed. `note` says
+    what the unit leaves open, such as the datum of heights or that dB were made from linear power.
     """
 
     sensor: str
@@ -36,6 +38,7 @@ class Modality:
     scale: tuple[float, ...]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    note: str = ""
 
     def normalised(self, how: Normalisation) -> Modality:
         """The same modality with `offset` and `scale` taken from its clip range (to 0..1) or its statistics."""
@@ -57,7 +60,7 @@ class Classes:
 
     names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
-    ignore: int = 255
+    ignore: int = IGNORE
 
     def __post_init__(self) -> None:
         """Refuse a table that cannot be used as indices of uint8."""

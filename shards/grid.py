@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Transform = tuple[float, float, float, float, float, float]
@@ -17,6 +17,25 @@ class Window:
     col: int
     height: int
     width: int
+
+    def clipped(self, height: int, width: int) -> Window | None:
+        """The part inside a raster of `height` x `width`; None when there is none."""
+        top, left = max(self.row, 0), max(self.col, 0)
+        bottom, right = min(self.row + self.height, height), min(self.col + self.width, width)
+        return Window(top, left, bottom - top, right - left) if top < bottom and left < right else None
+
+    def within(self, outer: Window) -> tuple[slice, slice]:
+        """Rows and columns of this window in an array of the window `outer`, which contains it."""
+        top, left = self.row - outer.row, self.col - outer.col
+        return slice(top, top + self.height), slice(left, left + self.width)
+
+    @staticmethod
+    def around(windows: Sequence[Window]) -> Window:
+        """The smallest window that holds all of them."""
+        top, left = min(window.row for window in windows), min(window.col for window in windows)
+        bottom = max(window.row + window.height for window in windows)
+        right = max(window.col + window.width for window in windows)
+        return Window(top, left, bottom - top, right - left)
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,24 @@ class Grid:
         pixels = ((0, 0), (0, self.width), (self.height, self.width), (self.height, 0))
         return [self.xy(*pixel) for pixel in pixels]
 
+    def edge(self, steps: int = 8) -> list[tuple[float, float]]:
+        """Points around the outer edge, `steps` per side: straight here, a curve in another CRS."""
+        marks = [step / steps for step in range(steps)]
+        pixels = [(0.0, t * self.width) for t in marks] + [(t * self.height, float(self.width)) for t in marks]
+        pixels += [(float(self.height), (1 - t) * self.width) for t in marks]
+        pixels += [((1 - t) * self.height, 0.0) for t in marks]
+        return [self.xy(row, col) for row, col in pixels]
+
+    def count(self, size: int, stride: int) -> int:
+        """How many windows there are."""
+        return len(_starts(self.height, size, stride)) * len(_starts(self.width, size, stride))
+
+    def nth(self, number: int, size: int, stride: int) -> Window:
+        """The window called `number`, counted row by row."""
+        cols = _starts(self.width, size, stride)
+        row, col = divmod(number, len(cols))
+        return Window(_starts(self.height, size, stride)[row], cols[col], size, size)
+
     def windows(self, size: int, stride: int | None = None) -> Iterator[Window]:
         """Windows of `size` x `size` that cover the grid row by row; those at the edge reach over it.
 
@@ -74,11 +111,7 @@ class Grid:
             stride: pixels from one window to the next, at most `size`; `size` when None.
         """
         step = stride or size
-        if not 0 < step <= size:
-            raise ValueError(f"stride {step}: must be between 1 and the window's size {size}")
-        for row in range(0, max(self.height - size + step, 1), step):
-            for col in range(0, max(self.width - size + step, 1), step):
-                yield Window(row, col, size, size)
+        return (self.nth(number, size, step) for number in range(self.count(size, step)))
 
     def window(self, window: Window) -> Grid:
         """The grid of a window."""
@@ -99,3 +132,9 @@ class Grid:
         wanted = [(row, col), (row, col + self.width), (row + self.height, col + self.width), (row + self.height, col)]
         off = max(abs(f - w) for pair, goal in zip(found, wanted, strict=True) for f, w in zip(pair, goal, strict=True))
         return Window(row, col, self.height, self.width) if off <= tolerance else None
+
+
+def _starts(length: int, size: int, stride: int) -> range:
+    if not 0 < stride <= size:
+        raise ValueError(f"stride {stride}: must be between 1 and the window's size {size}")
+    return range(0, max(length - size + stride, 1), stride)

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import rasterio
-import rasterio.transform
+import rasterio.features
 import rasterio.warp
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.shutil import copy as rio_copy
+
+from shards.grid import Grid
 
 Transform = tuple[float, float, float, float, float, float]
 Colormap = Mapping[int, tuple[int, int, int]]
@@ -86,6 +88,50 @@ def to_cog(source: Path, target: Path, *, tags: Mapping[str, str] | None = None)
         resampling="nearest" if classes else "average",
     )  # fmt: skip
     os.replace(temporary, target)
+
+
+def burn(polygons: Sequence[tuple[int, Any]], grid: Grid) -> NDArray[np.uint16]:
+    """Numbered polygons (of the grid's CRS) as an image [H, W] of their numbers; 0 outside, later ones on top.
+
+    Raises:
+        ValueError: a number beyond 65,535.
+    """
+    if polygons and max(number for number, _ in polygons) > np.iinfo(np.uint16).max:
+        raise ValueError(f"{len(polygons)} polygons in one label; at most 65535 can be numbered")
+    out = np.zeros((grid.height, grid.width), np.uint16)
+    if polygons:
+        shapes = [(polygon, number) for number, polygon in polygons]
+        rasterio.features.rasterize(shapes, out=out, transform=Affine(*grid.transform), dtype="uint16")
+    return out
+
+
+def utm_grid(source: Grid, metres: float) -> Grid:
+    """The north-up grid of square pixels in the UTM zone of `source`'s middle that covers `source`.
+
+    Its corner lies on a multiple of `metres`, so that the grids of neighbours fit together. Beyond 84 degrees north or
+    80 south it is the polar stereographic grid of UPS (NGA.SIG.0012).
+
+    Raises:
+        ValueError: `source` has no CRS.
+    """
+    if source.crs is None:
+        raise ValueError("a grid without CRS has no place on the ground, so no UTM zone")
+    x, y = (np.array([value]) for value in source.xy(source.height / 2, source.width / 2))
+    lon, lat = (float(values[0]) for values in transform_points(source.crs, "OGC:CRS84", x, y))
+    zone = int((lon + 180) // 6) % 60 + 1
+    crs = f"EPSG:{(32600 if lat >= 0 else 32700) + zone}"
+    if not -80 <= lat <= 84:
+        crs = "EPSG:5041" if lat > 0 else "EPSG:5042"
+    xs, ys = (np.array(values) for values in zip(*source.edge(), strict=True))
+    xs, ys = transform_points(source.crs, crs, xs, ys)
+    west, north = np.floor(xs.min() / metres) * metres, np.ceil(ys.max() / metres) * metres
+    width, height = int(np.ceil((xs.max() - west) / metres)), int(np.ceil((north - ys.min()) / metres))
+    return Grid((metres, 0.0, float(west), 0.0, -metres, float(north)), height, width, crs)
+
+
+def is_geographic(crs: str) -> bool:
+    """Whether coordinates of this CRS are degrees."""
+    return bool(CRS.from_user_input(crs).is_geographic)
 
 
 def transform_points(

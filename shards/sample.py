@@ -1,7 +1,7 @@
 """Sample: what is learned from. A key and the tiles of one place and window, all on one grid.
 
 On disk a sample is a few consecutive members of a tar (docs/format.md): `KEY.<sensor>.<ext>` (values),
-`KEY.<sensor>.valid.<ext>`, `KEY.label.<ext>` and `KEY.json`.
+`KEY.<sensor>.valid.<ext>`, `KEY.label.<ext>`, `KEY.instances.<ext>` and `KEY.json`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Tile:
 class Sample:
     """Tiles of equal H x W by sensor name, an optional label uint8 [H, W], and facts about where they are from.
 
+    `instances` uint16 [H, W] comes with labels made of polygons: the number of each pixel's polygon, 0 outside.
+
     An absent modality is zeros with `valid` all False, never a missing name.
     """
 
@@ -51,6 +53,7 @@ class Sample:
     tiles: Mapping[str, Tile]
     label: NDArray[np.uint8] | None = None
     meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    instances: NDArray[np.uint16] | None = None
 
     def __post_init__(self) -> None:
         """Refuse keys that a tar or a WebDataset reader would take apart, and tiles of unequal size."""
@@ -105,6 +108,8 @@ def encode(sample: Sample, encoding: Encoding) -> dict[str, bytes]:
         members[f"{sample.key}.{name}.valid.{ext}"] = encode_array(tile.valid, encoding)
     if sample.label is not None:
         members[f"{sample.key}.label.{ext}"] = encode_array(sample.label, encoding)
+    if sample.instances is not None:
+        members[f"{sample.key}.instances.{ext}"] = encode_array(sample.instances, encoding)
     times = {name: tile.time.isoformat() for name, tile in sample.tiles.items() if tile.time is not None}
     facts = {"format_version": FORMAT_VERSION, "key": sample.key, "times": times, **sample.meta}
     members[f"{sample.key}.json"] = json.dumps(facts, sort_keys=True).encode()
@@ -124,7 +129,7 @@ def decode(members: Mapping[str, bytes], sensors: tuple[str, ...] = ()) -> Sampl
     if facts.pop("format_version", 0) > FORMAT_VERSION:
         raise ValueError(f"{facts['key']}: written by a newer release (this one reads version {FORMAT_VERSION})")
     arrays = {name.rsplit(".", 1)[0]: (data, name.rsplit(".", 1)[1]) for name, data in parts.items()}
-    found = [name for name in arrays if name != "label" and not name.endswith(".valid")]
+    found = [name for name in arrays if name not in ("label", "instances") and not name.endswith(".valid")]
     if missing := [name for name in sensors if name not in found]:
         raise ValueError(f"{facts['key']}: no modality {missing}; there are {found}")
     times = facts.pop("times", {})
@@ -132,5 +137,5 @@ def decode(members: Mapping[str, bytes], sensors: tuple[str, ...] = ()) -> Sampl
     for name in sensors or found:
         time = datetime.fromisoformat(times[name]) if name in times else None
         tiles[name] = Tile(decode_array(*arrays[name]), decode_array(*arrays[f"{name}.valid"]), time)
-    label = decode_array(*arrays["label"]) if "label" in arrays else None
-    return Sample(facts.pop("key"), tiles, label, facts)
+    label, instances = (decode_array(*arrays[n]) if n in arrays else None for n in ("label", "instances"))
+    return Sample(facts.pop("key"), tiles, label, facts, instances)

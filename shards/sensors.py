@@ -35,8 +35,9 @@ class Sensor:
     """One row of the table.
 
     `clip` is the range of useful values in `unit`; `nodata` is the value that the sensor's products use for "nothing
-    measured here" even where a file carries no tag (None: only tags, masks and NaN count); `rgb` names the bands of a
-    true or conventional colour picture.
+    measured here" even where a file carries no tag (None: only tags, masks and NaN count); `possible` is
+    the range beyond which a number is no measurement but an undeclared nodata value (-9999, -32768, infinity); `rgb`
+    names the bands of a true or conventional colour picture.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Sensor:
     clip: tuple[float, float]
     resampling: Resampling = "bilinear"
     nodata: float | None = None
+    possible: tuple[float, float] | None = None
     rgb: tuple[str, ...] = ()
 
     @property
@@ -67,7 +69,8 @@ SENSORS: Mapping[str, Sensor] = MappingProxyType(
         sensor.name: sensor
         for sensor in (
             Sensor(
-                name="s1", kind="sar", bands=_S1, unit="dB", clip=(-25.0, 0.0), rgb=("VV", "VH"),
+                name="s1", kind="sar", bands=_S1, unit="dB", clip=(-25.0, 0.0), possible=(-100.0, 60.0),
+                rgb=("VV", "VH"),
             ),
             Sensor(
                 name="s2-l1c", kind="optical", bands=_S2, unit=_REFLECTANCE, clip=(0.0, 10000.0), nodata=0.0,
@@ -77,10 +80,13 @@ SENSORS: Mapping[str, Sensor] = MappingProxyType(
                 name="s2-l2a", kind="optical", bands=tuple(band for band in _S2 if band.name != "B10"),
                 unit=_REFLECTANCE, clip=(0.0, 10000.0), nodata=0.0, rgb=("B4", "B3", "B2"),
             ),
-            Sensor(name="dem", kind="elevation", bands=(Band("DEM", 30.0),), unit="m", clip=(-500.0, 9000.0)),
+            Sensor(
+                name="dem", kind="elevation", bands=(Band("DEM", 30.0),), unit="m", clip=(-500.0, 9000.0),
+                possible=(-9900.0, 9000.0),
+            ),
             Sensor(
                 name="sar-quadpol", kind="sar", bands=tuple(Band(name, 0.5) for name in ("HH", "HV", "VH", "VV")),
-                unit="dB", clip=(-30.0, 50.0), nodata=0.0, rgb=("HH", "HV", "VV"),
+                unit="dB", clip=(-30.0, 50.0), nodata=0.0, possible=(-200.0, 200.0), rgb=("HH", "HV", "VV"),
             ),
             Sensor(
                 name="rgbnir", kind="optical", bands=tuple(Band(name, 0.5) for name in ("R", "G", "B", "NIR")),

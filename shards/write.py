@@ -110,11 +110,10 @@ def _row(sample: Sample, stored: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "key": sample.key,
         **stored,
-        **{key: meta.get(key) for key in ("crs", "transform", "group", "split", "cloud", "sources")},
+        **{key: meta.get(key) for key in ("crs", "transform", "group", "split", "cloud", "shift", "sources")},
         "times": {name: tile.time for name, tile in sample.tiles.items()},
         "valid": {name: tile.fraction for name, tile in sample.tiles.items()},
         "classes": classes,
-        "shift": None,  # measured by register.py
         "geometry": shape(meta["footprint"]).wkb if meta.get("footprint") else None,
     }
 

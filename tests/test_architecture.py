@@ -24,7 +24,7 @@ STAGES = {"pretrain", "finetune", "evaluate", "predict", "export"}
 ONLY = {
     "boto3": {"shards/store.py"},
     "botocore": {"shards/store.py"},
-    "rasterio": {"shards/scene.py", "shards/tile.py", "shards/raster_io.py"},
+    "rasterio": {"shards/raster.py", "shards/tile.py", "shards/raster_io.py"},
     "submitit": {"launchers/slurm.py"},
     "deepspeed": {"pipeline/engine.py"},
 }

@@ -132,7 +132,6 @@ FAULTS = {
     "no CRS": "place1/s1.tif: has no CRS",
     "missing file": "place1/s1.tif: not readable",
     "strange label": "place1/label.tif: label codes \\[77\\]",
-    "missing scene": "place1/s2-l2a.tif: place place1 has no s1 scene",
 }
 
 
@@ -146,6 +145,16 @@ def test_bad_input_is_named_and_fails_or_is_counted(tmp_path: Path, fault: str) 
     facts = json.loads((tmp_path / "skipping/dataset.json").read_text())
     assert facts["samples"] == 18 and len(facts["skipped"]) == 1 and "place1" in facts["skipped"][0]
     assert verify(str(tmp_path / "skipping")) == []
+
+
+def test_a_place_without_a_wanted_sensor_is_left_out_and_said(tmp_path: Path) -> None:
+    broken_archive(tmp_path / "archive", "missing scene")
+    build(shards_config(tmp_path / "archive", tmp_path / "data"))
+    facts = json.loads((tmp_path / "data/dataset.json").read_text())
+    assert facts["samples"] == 18 and facts["left_out"] == {"no s1 scene": 1}
+    assert facts["left_out_examples"] == {"no s1 scene": ["place1"]}
+    with pytest.raises(ArchiveError, match="no place with dem; left out: {'no dem scene': 3}"):
+        build(shards_config(tmp_path / "archive", tmp_path / "other", "sensors=[dem]"))
 
 
 def test_the_command_names_the_file_and_exits_non_zero(tmp_path: Path) -> None:

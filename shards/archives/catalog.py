@@ -15,10 +15,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from shards.archives import ArchiveError
+from shards.archives import About, ArchiveError
 from shards.scene import LABEL, Asset, Place, Scene
 from shards.sensors import SENSORS
 
+ABOUT = About(
+    title="own scenes, listed in a table", licence="", attribution="", source="the catalog given as archive.root"
+)
 NEEDED = ("place", "sensor", "href")
 OPTIONAL = ("time", "band", "group", "split")
 

@@ -1,0 +1,123 @@
+"""The merge of a build: records of all shards become the manifest; `dataset.json` says what the numbers mean."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+
+from shards.archives import about
+from shards.config import ShardsConfig
+from shards.contract import Contract, Modality
+from shards.manifest import FORMAT_VERSION, write_manifest
+from shards.plan import BuildError, Plan, plan, shard_name
+from shards.raster_io import is_geographic
+from shards.scene import Scene
+from shards.sensors import SENSORS
+from shards.statistics import BandStatistics
+from shards.statistics import merge as merge_statistics
+from shards.store import open_store
+from shards.tile import open_scene
+from shards.write import ShardRecord, read_record
+
+
+def merge(config: ShardsConfig, planned: Plan | None = None) -> str:
+    """Put the parts of a build together: manifest.parquet and dataset.json.
+
+    Raises:
+        BuildError: shards are missing (they are named), or no tile survived.
+    """
+    store = open_store(config.out)
+    planned = planned or plan(config)
+    names = [shard_name(index) for index in range(planned.shards)]
+    there = set(store.list("shard-"))
+    if missing := [name for name in names if f"{name}.parquet" not in there]:
+        raise BuildError(f"{config.out}: {len(missing)} shards are not built yet: {', '.join(missing[:5])} ...")
+    tables, records = [], []
+    for name in names:
+        record, fingerprint, table = read_record(store, name)
+        if fingerprint != planned.fingerprint:
+            raise BuildError(f"{config.out}: {name} belongs to another build; give another out=, or remove that folder")
+        tables.append(table.replace_schema_metadata(None))
+        records.append(record)
+    rows = pa.concat_tables(tables)
+    facts = _facts(config, planned, records, rows)
+    if rows.num_rows == 0:
+        raise BuildError(f"{config.out}: no tile survived; left out: {facts['left_out']}")
+    # SPLIT
+    identity = [FORMAT_VERSION, facts["contract"], facts["shards"], rows["split"].to_pylist()]
+    facts["fingerprint"] = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    write_manifest(store, rows, facts)
+    return config.out
+
+
+def _facts(config: ShardsConfig, planned: Plan, records: Sequence[ShardRecord], rows: pa.Table) -> dict[str, Any]:
+    statistics: dict[str, BandStatistics] = {}
+    for record in records:
+        statistics = merge_statistics(statistics, record.statistics)
+    contract = _contract(config, planned, statistics).to_json()
+    shards = {record.name: {"sha256": record.sha256, "bytes": record.bytes} for record in records if record.sha256}
+    left_out = sum((Counter(record.left_out) for record in records), Counter(planned.reasons()))
+    return {
+        "format_version": FORMAT_VERSION,
+        "contract": contract,
+        "statistics": {name: values.to_json() for name, values in statistics.items()},
+        "encoding": config.encoding,
+        "shards": shards,
+        "samples": rows.num_rows,
+        "planned": planned.items,
+        "plan": planned.fingerprint,
+        "tile": {"size": config.tile.size, "min_valid": config.tile.min_valid},
+        "written_by": f"mcf-mamba {version('mcf-mamba')}",
+        "archive": _archive(config),
+        "left_out": dict(left_out),
+        "left_out_examples": planned.examples(),
+        "skipped": [*planned.problems, *dict.fromkeys(reason for record in records for reason in record.skipped)],
+    }
+
+
+def _archive(config: ShardsConfig) -> dict[str, Any]:
+    """What is known of where the data come from; what the config says goes before what the layout implies."""
+    known = about(config.archive.name)
+    return {
+        "name": config.archive.name,
+        "title": known.title,
+        "licence": config.archive.licence or known.licence,
+        "attribution": config.archive.attribution or known.attribution,
+        "source": known.source,
+    }
+
+
+def _contract(config: ShardsConfig, planned: Plan, statistics: Mapping[str, BandStatistics]) -> Contract:
+    view = planned.views[0]
+    modalities = []
+    with ExitStack() as stack:
+        for scene in (scene for name in config.sensors for scene in view.place.of(name)):
+            opened = stack.enter_context(open_scene(scene, view.place.coregistered))
+            row, found = SENSORS[scene.sensor], statistics.get(scene.sensor)
+            mean = tuple(found.mean.tolist()) if found else None
+            std = tuple(found.std.tolist()) if found else None
+            modality = Modality(
+                sensor=row.name, bands=row.band_names, unit=row.unit, dtype=str(opened.dtype), clip=row.clip,
+                offset=(), scale=(), mean=mean, std=std, note=_note(config, scene),
+            )  # fmt: skip
+            modalities.append(modality.normalised("range"))
+    grid = view.grid
+    metres = grid.resolution if grid.crs and not is_geographic(grid.crs) else None
+    classes = config.label.classes() if config.label else None
+    return Contract(modalities=tuple(modalities), classes=classes, resolution=metres)
+
+
+def _note(config: ShardsConfig, scene: Scene) -> str:
+    """What the sensor's unit leaves open: by the archive, and what is done to the numbers."""
+    notes = [about(config.archive.name).notes.get(scene.sensor, "")]
+    radiometry = {asset.radiometry for asset in scene.assets}
+    notes += [f"dB of {item.quantity}" for item in radiometry if item.quantity != "value"]
+    notes += [f"offset {item.offset:g} added" for item in radiometry if item.offset]
+    return "; ".join(sorted({note for note in notes if note}))

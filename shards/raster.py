@@ -1,0 +1,169 @@
+"""Raster: what tiles are read from. A file that GDAL opens, or an array taken out of a container."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from rasterio.enums import ColorInterp
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.io import DatasetReader, MemoryFile
+from rasterio.windows import Window as RasterWindow
+
+from shards.grid import Grid, Window
+from shards.scene import Asset, SceneError
+from shards.store import gdal_options
+
+CONTAINERS = (".zarr.zip", ".h5", ".parquet", ".tar")
+CACHE_MB = 512  # of decoded blocks per process: a row of tiles across a large JPEG 2000 or striped file stays in it
+IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+class Raster(Protocol):
+    """Bands of numbers on one grid.
+
+    `names` are the bands' names ("" where the file does not tell), `dtype` holds the numbers of all bands, and
+    `nodata` is the number that the file itself declares to mean "nothing measured".
+    """
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def grid(self) -> Grid:
+        """Where the pixels lie; its crs is None where the file does not tell."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A name or "" per band."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the numbers."""
+
+    @property
+    def nodata(self) -> float | None:
+        """The declared number, if any."""
+
+    def read(self, indexes: Sequence[int], window: Window) -> NDArray[Any]:
+        """Bands (from 1) of a window inside the raster, [C, h, w]; SceneError when the bytes are damaged."""
+
+    def mask(self, indexes: Sequence[int], window: Window) -> NDArray[np.bool_]:
+        """Pixels [h, w] that the file's nodata value, masks and alpha band let through in all these bands."""
+
+
+@dataclass(frozen=True)
+class ArrayRaster:
+    """A raster that is in memory: `values` [C, H, W] on `grid`."""
+
+    name: str
+    values: NDArray[Any]
+    grid: Grid
+    names: tuple[str, ...]
+    nodata: float | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the values."""
+        return self.values.dtype
+
+    def read(self, indexes: Sequence[int], window: Window) -> NDArray[Any]:
+        """Bands (from 1) of a window, [C, h, w]."""
+        rows = slice(window.row, window.row + window.height)
+        cols = slice(window.col, window.col + window.width)
+        return self.values[[index - 1 for index in indexes], rows, cols]
+
+    def mask(self, indexes: Sequence[int], window: Window) -> NDArray[np.bool_]:
+        """Pixels [h, w] in which no band holds the nodata value."""
+        values = self.read(indexes, window)
+        if self.nodata is None:
+            return np.ones(values.shape[1:], np.bool_)
+        return np.asarray((values != self.nodata).all(axis=0))
+
+
+class FileRaster:
+    """A raster file that is open in GDAL. An alpha band is a mask, not a band."""
+
+    def __init__(self, reader: DatasetReader, name: str) -> None:
+        self._reader, self.name = reader, name
+        self._bands = [i for i, kind in enumerate(reader.colorinterp, 1) if kind is not ColorInterp.alpha]
+        self.names = tuple(reader.descriptions[i - 1] or "" for i in self._bands)
+        self.dtype = np.result_type(*(reader.dtypes[i - 1] for i in self._bands))
+        self.nodata = reader.nodata
+        self.grid = _grid_of(reader, name)
+
+    def read(self, indexes: Sequence[int], window: Window) -> NDArray[Any]:
+        """Bands (from 1, alpha not counted) of a window, [C, h, w]."""
+        try:
+            return np.asarray(self._reader.read(self._numbers(indexes), window=_part(window)))
+        except RasterioError as error:
+            raise SceneError(self.name, f"damaged: {error}") from error
+
+    def mask(self, indexes: Sequence[int], window: Window) -> NDArray[np.bool_]:
+        """Pixels [h, w] that nodata, masks and alpha let through."""
+        try:
+            return np.asarray((self._reader.read_masks(self._numbers(indexes), window=_part(window)) > 0).all(axis=0))
+        except RasterioError as error:
+            raise SceneError(self.name, f"damaged: {error}") from error
+
+    def _numbers(self, indexes: Sequence[int]) -> list[int]:
+        return [self._bands[index - 1] for index in indexes]
+
+
+def _part(window: Window) -> RasterWindow:
+    return RasterWindow(window.col, window.row, window.width, window.height)
+
+
+def _grid_of(reader: DatasetReader, name: str) -> Grid:
+    transform = tuple(reader.transform)[:6]
+    if reader.crs is None:
+        if reader.gcps[0]:
+            raise SceneError(
+                name, "lies on ground control points only; give it a grid first: gdalwarp -tps -t_srs EPSG:... IN OUT"
+            )
+        return Grid(transform, reader.height, reader.width, None)
+    if not np.isfinite(transform).all() or math.isclose(transform[0] * transform[4] - transform[1] * transform[3], 0):
+        raise SceneError(name, f"its transform {transform} is none; write it again with gdal_translate -a_ullr")
+    code = reader.crs.to_epsg()
+    return Grid(transform, reader.height, reader.width, f"EPSG:{code}" if code else reader.crs.to_wkt())
+
+
+@contextmanager
+def open_raster(asset: Asset) -> Iterator[Raster]:
+    """An asset, open for reading.
+
+    Raises:
+        SceneError: it is missing, truncated, complex or not a raster.
+    """
+    if asset.path.endswith(CONTAINERS):
+        from shards.containers import open_item
+
+        with open_item(asset) as raster:
+            yield raster
+    else:
+        with open_file(asset.path) as raster:
+            yield raster
+
+
+@contextmanager
+def open_file(path: str, content: bytes | None = None) -> Iterator[FileRaster]:
+    """A raster file by its path or s3:// address, or the `content` of one that is named `path` in messages."""
+    with rasterio.Env(GDAL_CACHEMAX=CACHE_MB, **gdal_options(path)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # said by us where it matters
+        memory = None if content is None else MemoryFile(content)
+        try:
+            reader = memory.open() if memory else rasterio.open(path.replace("s3://", "/vsis3/", 1))
+        except RasterioError as error:
+            raise SceneError(path, f"not readable: {error}") from error
+        with reader:
+            if any("complex" in str(dtype) for dtype in reader.dtypes):
+                raise SceneError(path, "holds complex values; detect it first (amplitude or intensity, then dB)")
+            yield FileRaster(reader, path)

@@ -100,11 +100,12 @@ class PolygonLabel:
             raise SceneError(path, f"polygons give two classes (outside, inside); label.names has {len(label.names)}")
         try:
             data = json.loads(Path(path).read_text())
-            shapes = [shapely.from_geojson(json.dumps(item["geometry"])) for item in data["features"]]
+            drawn = [item["geometry"] for item in data["features"] if item["geometry"] is not None]
+            shapes = [shapely.from_geojson(json.dumps(geometry)) for geometry in drawn]
         except (OSError, ValueError, KeyError, TypeError, shapely.errors.ShapelyError) as error:
             raise SceneError(path, f"not a readable GeoJSON FeatureCollection: {error}") from error
         crs = (data.get("crs") or {}).get("properties", {}).get("name", CRS84)
-        polygons = [shapely.make_valid(item) for item in shapes if item is not None and not item.is_empty]
+        polygons = [shapely.make_valid(item) for item in shapes if not item.is_empty]
         if others := sorted({item.geom_type for item in polygons if "Polygon" not in item.geom_type}):
             raise SceneError(path, f"holds {', '.join(others)}; labels are Polygons or MultiPolygons")
         large = [item for item in polygons if label.min_area == 0 or _area(item, crs) >= label.min_area]

@@ -94,6 +94,7 @@ class FileRaster:
 
     def __init__(self, reader: DatasetReader, name: str) -> None:
         self._reader, self.name = reader, name
+        self._alpha = [i for i, kind in enumerate(reader.colorinterp, 1) if kind is ColorInterp.alpha]
         self._bands = [i for i, kind in enumerate(reader.colorinterp, 1) if kind is not ColorInterp.alpha]
         self.names = tuple(reader.descriptions[i - 1] or "" for i in self._bands)
         self.dtype = np.result_type(*(reader.dtypes[i - 1] for i in self._bands))
@@ -109,8 +110,12 @@ class FileRaster:
 
     def mask(self, indexes: Sequence[int], window: Window) -> NDArray[np.bool_]:
         """Pixels [h, w] that nodata, masks and alpha let through."""
+        part = _part(window)
         try:
-            return np.asarray((self._reader.read_masks(self._numbers(indexes), window=_part(window)) > 0).all(axis=0))
+            found = (self._reader.read_masks(self._numbers(indexes), window=part) > 0).all(axis=0)
+            if self._alpha:  # GDAL's masks know of alpha only in files of two or four bands
+                found &= (self._reader.read(self._alpha, window=part) > 0).all(axis=0)
+            return np.asarray(found)
         except RasterioError as error:
             raise SceneError(self.name, f"damaged: {error}") from error
 

@@ -21,7 +21,7 @@ from shards.scene import Asset, Scene, SceneError
 from shards.stream import Share, Stream
 from shards.verify import verify
 from tests.conftest import REAL_DATA
-from tests.scenes import ORIGIN, UTM, north_up, write_catalog, write_scene
+from tests.scenes import UTM, north_up, write_catalog, write_scene
 
 BUILDINGS = Label(names=("background", "building"), palette=((0, 0, 0), (255, 0, 0)))
 GRID = Grid(north_up(0.5), 96, 96, UTM)

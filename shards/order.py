@@ -36,6 +36,7 @@ class Use(IntEnum):
     SHUFFLE_SHARDS = 6
     SHUFFLE_BLOCK = 7
     LIMIT = 8
+    SPLIT = 9
 
 
 def hash64(*words: int | NDArray[np.integer]) -> NDArray[np.uint64]:

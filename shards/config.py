@@ -32,8 +32,8 @@ class Label:
 
     names: tuple[str, ...] = Field(description="class names, in the order of their indices")
     palette: tuple[tuple[int, int, int], ...] = Field(description="a colour per class, 0..255")
-    codes: tuple[int, ...] | None = Field(
-        default=None, description="the raster's code of each class; 0, 1, 2, ... when absent"
+    codes: tuple[int | tuple[int, ...], ...] | None = Field(
+        default=None, description="the raster's code of each class, or a list of its codes; 0, 1, 2, ... when absent"
     )
     ignored: tuple[int, ...] = Field(default=(255,), description="codes that mean 'no label here'")
     min_area: float = Field(default=0, ge=0, description="of polygon labels: drop those below this many square metres")
@@ -42,13 +42,20 @@ class Label:
     def _consistent(self) -> Any:
         self.classes()
         if self.codes is not None and len(self.codes) != len(self.names):
-            raise ValueError(f"{len(self.names)} names but {len(self.codes)} codes; give one per class")
+            raise ValueError(f"{len(self.names)} names but {len(self.codes)} codes; give one, or a list, per class")
+        codes = [code for code, _ in self._pairs()]
+        if twice := sorted({code for code in codes if [*codes, *self.ignored].count(code) > 1}):
+            raise ValueError(f"codes {twice} stand for two classes, or for one and 'no label here'")
         return self
 
-    def table(self) -> dict[int, int]:
-        """Class index by code."""
+    def _pairs(self) -> list[tuple[int, int]]:
         codes = self.codes or tuple(range(len(self.names)))
-        return {code: index for index, code in enumerate(codes)}
+        lists = [entry if isinstance(entry, tuple) else (entry,) for entry in codes]
+        return [(code, index) for index, entry in enumerate(lists) for code in entry]
+
+    def table(self) -> dict[int, int]:
+        """Class index by code; several codes may be one class."""
+        return dict(self._pairs())
 
     def classes(self) -> Classes:
         """The classes as the contract writes them down."""

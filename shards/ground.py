@@ -37,14 +37,14 @@ class Footprints:
         starts: [N + 1] where each part begins in them.
         owner: [N] number of the footprint that a part belongs to.
         bounds: [N, 4] west, south, east, north of each part.
-        bend: metres by which an edge may bend away from the straight line between its corners.
+        bend: [N] metres by which edges may bend away from the straight line between their corners.
     """
 
     corners: Floats
     starts: Ints
     owner: Ints
     bounds: Floats
-    bend: float
+    bend: Floats
 
     @staticmethod
     def of(polygons: NDArray[np.object_]) -> Footprints:
@@ -52,7 +52,12 @@ class Footprints:
         parts, owner = shapely.get_parts(polygons, return_index=True)
         corners, part = shapely.get_coordinates(shapely.get_exterior_ring(parts), return_index=True)
         starts = np.searchsorted(part, np.arange(len(parts) + 1))
-        return Footprints(corners, starts, owner, shapely.bounds(parts).reshape(-1, 4), _bend(corners, part))
+        if not len(parts):
+            return Footprints(corners, starts, owner, np.zeros((0, 4)), np.zeros(0))
+        corners = _on_one_side(corners, part)
+        low, high = (extreme.reduceat(corners, starts[:-1]) for extreme in (np.minimum, np.maximum))
+        bend = np.maximum.reduceat(_bend(corners, part), starts[:-1])
+        return Footprints(corners, starts, owner, np.hstack([low, high]), bend)
 
     def middles(self) -> tuple[Floats, Floats]:
         """Longitude and latitude of a point amid each footprint (of its first part)."""
@@ -64,15 +69,18 @@ class Footprints:
 
         In doubt the answer is yes: edges are taken to bend, and a margin of one metre and half a thousandth is added.
         """
-        limit = metres * (1 + RELATIVE_MARGIN) + MARGIN + 2 * self.bend
+        limit = metres * (1 + RELATIVE_MARGIN) + MARGIN
         theirs = self._parts(others)
         hit = np.zeros(self._count, np.bool_)
         if theirs.size:
             tree = shapely.STRtree(shapely.box(*self.bounds[theirs].T))
+            bend = self.bend[theirs].max()
             for cell in self._cells(self._parts(mine)):
-                around = np.unique(tree.query(_boxes(self.bounds[cell], limit))[1])
+                reach = limit + bend + self.bend[cell].max()
+                around = theirs[np.unique(tree.query(_boxes(self.bounds[cell], reach))[1])]
                 if around.size:
-                    hit[self.owner[cell[self._within(cell, theirs[around], limit)]]] = True
+                    within = self._within(cell, around, limit + self.bend[cell].max() + self.bend[around].max())
+                    hit[self.owner[cell[within]]] = True
         return np.asarray(hit[mine])
 
     @property
@@ -117,6 +125,19 @@ class Footprints:
         return self.corners[self.starts[parts][part] + np.arange(len(part)) - firsts[part]], part
 
 
+def _on_one_side(corners: Floats, part: Ints) -> Floats:
+    """Corners on the date line as 180 or -180, whichever side the rest of their part is on.
+
+    GDAL's cut at the date line gives now and then a corner of the western half as 180.
+    """
+    on_line = np.abs(corners[:, 0]) == 180
+    side = np.where(on_line, 0.0, np.sign(corners[:, 0]))
+    sides, lengths = np.bincount(part, side), np.bincount(part, np.abs(side))
+    wrong = on_line & (np.abs(sides) == lengths)[part] & (lengths > 0)[part]
+    lon = np.where(wrong, 180 * np.sign(sides)[part], corners[:, 0])
+    return np.stack([lon, corners[:, 1]], axis=1)
+
+
 def _in_space(corners: Floats) -> Floats:
     """Points [P, 2] in degrees as points [P, 3] of the ellipsoid, in metres from the earth's middle."""
     lon, lat = np.radians(corners.T)
@@ -126,15 +147,16 @@ def _in_space(corners: Floats) -> Floats:
     return np.stack([ring * np.cos(lon), ring * np.sin(lon), normal * (1 - eccentricity2) * np.sin(lat)], axis=1)
 
 
-def _bend(corners: Floats, part: Ints) -> float:
-    """The most metres between an edge that is straight in degrees and the straight line between its corners.
+def _bend(corners: Floats, part: Ints) -> Floats:
+    """Metres [P] by which the edge from each corner to the next, straight in degrees, strays from a straight line.
 
-    A parallel's curvature is tan(latitude) / radius, so an edge of length L bends by L^2 / 8 times that.
+    A parallel's curvature is tan(latitude) / radius, so an edge that runs L metres east bends by L^2 / 8 times that.
     """
-    lat = np.radians(corners[:, 1])
-    lengths = np.linalg.norm(np.diff(_in_space(corners), axis=0), axis=1)[part[1:] == part[:-1]]
-    steep = np.tan(np.maximum(np.abs(lat[1:]), np.abs(lat[:-1])))[part[1:] == part[:-1]]
-    return float(np.minimum(lengths**2 * steep / (8 * RADIUS), lengths / 2).max(initial=0.0))
+    lon, lat = np.radians(corners.T)
+    low, high = np.minimum(np.abs(lat[1:]), np.abs(lat[:-1])), np.maximum(np.abs(lat[1:]), np.abs(lat[:-1]))
+    east = RADIUS * np.abs(np.diff(lon)) * np.cos(low)
+    bend = np.minimum(east**2 * np.tan(high) / (8 * RADIUS), east / 2)
+    return np.append(np.where(part[1:] == part[:-1], bend, 0.0), 0.0)
 
 
 def _boxes(bounds: Floats, limit: float) -> NDArray[np.object_]:

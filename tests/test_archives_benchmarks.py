@@ -1,85 +1,27 @@
-"""SEN12MS, DFC2020, BigEarthNet and Hunan: trees to the letter of each layout, what is found in them, and pixels."""
+"""SEN12MS, DFC2020 and Hunan: trees to the letter of each layout, what is found in them, and pixels.
+
+At the end, what all benchmark archives have in common.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import rasterio
 
 import configs
 from configs import ConfigError
 from shards.archives import ArchiveError, about, open_archive
-from shards.archives.bigearthnet import time
-from shards.build import build
-from shards.manifest import select
-from shards.raster_io import write_geotiff
-from shards.scene import LABEL, LeftOut, Place
+from shards.scene import LABEL
 from shards.sensors import SENSORS
-from shards.stream import Share, Stream
-from shards.verify import verify
+from tests.benchmark_trees import SIZE, built, codes, found, merged, optical, put, radar, sensors
 from tests.conftest import REAL_DATA
-from tests.scenes import ORIGIN, UTM, north_up
 
-SIZE = 32
 NAMES = ("sen12ms", "dfc2020", "bigearthnet-v1", "bigearthnet-v2", "hunan")
-
-
-def put(
-    path: Path, values: np.ndarray[Any, Any], metres: float = 10.0, east: float = 0.0, crs: str | None = UTM
-) -> Path:
-    """A GeoTIFF without descriptions and nodata, as in the real archives."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_geotiff(path, values, crs=crs, transform=north_up(metres, ORIGIN[0] + east))
-    return path
-
-
-def optical(bands: int, size: int = SIZE, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(300, 4000, (bands, size, size)).astype(np.uint16)
-
-
-def radar(dtype: type = np.float32, seed: int = 0, bands: int = 2) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).normal(-13, 3, (bands, SIZE, SIZE)).astype(dtype)
-
-
-def codes(allowed: list[int], dtype: type = np.uint8, bands: int = 1) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(7).choice(allowed, (bands, SIZE, SIZE)).astype(dtype)
-
-
-def found(name: str, root: Path) -> tuple[dict[str, Place], dict[str, str]]:
-    """Places by name, and why the rest was left out."""
-    items = list(open_archive(name, str(root)))
-    places = [item for item in items if isinstance(item, Place)]
-    assert len({place.name for place in places}) == len(places)
-    assert list(open_archive(name, str(root))) == items, "the order is not fixed"
-    return {place.name: place for place in places}, {i.name: i.reason for i in items if isinstance(i, LeftOut)}
-
-
-def sensors(place: Place) -> list[str]:
-    return [scene.sensor for scene in place.scenes]
-
-
-def built(preset: str, root: Path, out: Path, *overrides: str) -> dict[str, Any]:
-    """The samples that a preset makes of an archive, by key."""
-    settings = [f"archive.root={root}", f"out={out}", f"tile.size={SIZE}", "workers=1", *overrides]
-    build(configs.load(preset, settings))
-    assert verify(str(out)) == []
-    return {sample.key: sample for sample, _ in Stream(select(str(out)), 0, 1, Share(1)).once()}
-
-
-def merged(raw: np.ndarray[Any, Any], preset: str) -> np.ndarray[Any, Any]:
-    """Class indices of codes by the preset's table, 255 for all others."""
-    lookup = np.full(1000, 255, np.uint8)
-    for code, index in configs.load(preset).label.table().items():
-        lookup[code] = index
-    return np.asarray(lookup[raw])
 
 
 # --- SEN12MS and DFC2020 ---------------------------------------------------------------------------------------------
@@ -232,223 +174,6 @@ def test_dfc2020_as_shards(tmp_path: Path) -> None:
     np.testing.assert_array_equal(sample.label, expected)
     facts = json.loads((tmp_path / "out/dataset.json").read_text())
     assert facts["left_out"]["MODIS land cover of 500 m; the labels are dfc"] == 4
-
-
-# --- BigEarthNet -----------------------------------------------------------------------------------------------------
-
-PIXELS = {60.0: 20, 20.0: 60, 10.0: 120}
-PAIRS = {  # the hour without its leading zero is as in the archive
-    "S2A_MSIL2A_20170613T101031_87_48": "S1A_IW_GRDH_1SDV_20170613T165043_33UUP_87_48",
-    "S2B_MSIL2A_20170924T93020_69_24": "S1A_IW_GRDH_1SDV_20170925T043256_35VPK_69_24",
-}
-
-
-def optical_patch(folder: Path, fill: int = 1000) -> Path:
-    """Twelve files of three resolutions; a band's pixels are its place in the list plus `fill`."""
-    for place, band in enumerate(SENSORS["s2-l2a"].bands):
-        size = PIXELS[band.resolution]
-        suffix = band.name if band.name == "B8A" else f"B{int(band.name[1:]):02d}"
-        put(folder / f"{folder.name}_{suffix}.tif", np.full((1, size, size), fill + place, np.uint16), band.resolution)
-    return folder
-
-
-def radar_patch(folder: Path) -> Path:
-    for place, name in enumerate(("VV", "VH")):
-        put(folder / f"{folder.name}_{name}.tif", np.full((1, 120, 120), -10.0 - place, np.float32))
-    return folder
-
-
-def bigearthnet_v1(root: Path, optical_home: str = "BigEarthNet-v1.0", radar_home: str = "BigEarthNet-S1-v1.0") -> Path:
-    for one, two in PAIRS.items():
-        tile = two.split("_")[5]
-        known = {"labels": ["Pastures"], "tile_source": f"S2A_MSIL1C_20170613T101031_N0205_R022_T{tile}_20170613.SAFE"}
-        folder = optical_patch(root / optical_home / one)
-        (folder / f"{one}_labels_metadata.json").write_text(json.dumps(known))
-        folder = radar_patch(root / radar_home / two)
-        known = {"labels": ["Pastures"], "corresponding_s2_patch": one}
-        (folder / f"{two}_labels_metadata.json").write_text(json.dumps(known))
-    return root
-
-
-@pytest.mark.parametrize("homes", [(), ("S2", "S1"), ("a/BigEarthNet-v1.0", "a/b"), (".", ".")], ids=str)
-def test_bigearthnet_v1(tmp_path: Path, homes: tuple[str, ...]) -> None:
-    places, left_out = found("bigearthnet-v1", bigearthnet_v1(tmp_path, *homes))
-    assert left_out == {} and list(places) == sorted(PAIRS)
-    place = places["S2B_MSIL2A_20170924T93020_69_24"]
-    assert (place.group, place.split, place.facts) == ("35VPK", "", {"labels": ["Pastures"]})
-    assert sensors(place) == ["s2-l2a", "s1"]
-    assert [asset.bands for asset in place.scenes[0].assets] == [(name,) for name in SENSORS["s2-l2a"].band_names]
-    assert place.scenes[0].time == datetime(2017, 9, 24, 9, 30, 20, tzinfo=UTC)
-    assert place.scenes[1].time == datetime(2017, 9, 25, 4, 32, 56, tzinfo=UTC)
-
-
-def test_bigearthnet_v1_that_lacks_files(tmp_path: Path) -> None:
-    root = bigearthnet_v1(tmp_path)
-    first, second = PAIRS
-    (root / "BigEarthNet-v1.0" / first / f"{first}_B8A.tif").unlink()
-    (root / "BigEarthNet-S1-v1.0" / PAIRS[second] / f"{PAIRS[second]}_labels_metadata.json").write_text("{")
-    places, left_out = found("bigearthnet-v1", root)
-    assert sensors(places[first]) == ["s1"] and places[first].group == "33UUP"
-    assert sensors(places[second]) == ["s2-l2a"] and places[second].group == "35VPK"
-    assert left_out == {
-        first: "bands of s2-l2a are missing",
-        PAIRS[second]: "no JSON file names its Sentinel-2 patch",
-    }
-
-
-def test_bigearthnet_v1_with_the_authors_lists(tmp_path: Path) -> None:
-    root = bigearthnet_v1(tmp_path)
-    first, second = PAIRS
-    (root / "train.csv").write_text(f"{first},{PAIRS[first]}\n")
-    (root / "bigearthnet-val.csv").write_text(f"{second},{PAIRS[second]}\r\n")
-    assert [place.split for place in found("bigearthnet-v1", root)[0].values()] == ["train", "val"]
-    (root / "patches_with_seasonal_snow.csv").write_text(f"{second}\n")
-    places, left_out = found("bigearthnet-v1", root)
-    assert list(places) == [first] and left_out == {second: "seasonal snow"}
-
-
-@pytest.mark.parametrize(
-    ("name", "clock"),
-    [
-        ("S2A_MSIL2A_20170613T101031_87_48", (10, 10, 31)),
-        ("S2B_MSIL2A_20170924T93020_69_24", (9, 30, 20)),
-        ("S2A_MSIL2A_20171221T112575_56_35", (11, 25, 59)),
-        ("S1A_IW_GRDH_1SDV_20170613T165043_33UUP_87_48", (16, 50, 43)),
-    ],
-)
-def test_times_in_the_names_of_patches(name: str, clock: tuple[int, int, int]) -> None:
-    found = time(name)
-    assert (found.hour, found.minute, found.second) == clock and found.tzinfo is UTC
-
-
-def test_bigearthnet_v1_as_shards(tmp_path: Path) -> None:
-    root = bigearthnet_v1(tmp_path / "in")
-    samples = built("shards-bigearthnet-v1", root, tmp_path / "out", "tile.size=120")
-    assert set(samples) == {f"{name}-00000-00000" for name in PAIRS}
-    for sample in samples.values():
-        tile = sample.tiles["s2-l2a"]
-        assert tile.valid.all() and tile.values.dtype == np.uint16
-        assert (tile.values == np.arange(1000, 1012)[:, None, None]).all()
-        assert (sample.tiles["s1"].values == np.array([-10, -11])[:, None, None]).all()
-
-
-@pytest.mark.real_data
-def test_real_patches_of_bigearthnet_v1(tmp_path: Path) -> None:
-    root = REAL_DATA / "paired/bigearthnet_v1_examples"
-    places, left_out = found("bigearthnet-v1", root)
-    assert left_out == {} and [place.group for place in places.values()] == ["33UUP", "29SND", "35VPK"]
-    samples = built("shards-bigearthnet-v1", root, tmp_path / "out", "tile.size=120")
-    assert len(samples) == 3
-    for name, place in places.items():
-        tiles = samples[f"{name}-00000-00000"].tiles
-        for sensor in ("s2-l2a", "s1"):
-            bands = {a.bands[0]: a.path for s in place.of(sensor) for a in s.assets}
-            for index, band in enumerate(SENSORS[sensor].bands):
-                with rasterio.open(bands[band.name]) as raster:
-                    whole = raster.read(1)
-                if whole.shape == (120, 120):
-                    np.testing.assert_array_equal(tiles[sensor].values[index], whole)
-                else:  # resampled: the same mean over the patch
-                    assert tiles[sensor].values[index].mean() == pytest.approx(whole.mean(), rel=0.03)
-            assert tiles[sensor].valid.all()
-        assert tiles["s2-l2a"].time == place.scenes[0].time
-
-
-CORINE = [111, 112, 212, 241, 312, 333, 412, 512, 522, 122, 423, 999]
-ROWS = {
-    "S2A_MSIL2A_20170613T101031_N9999_R022_T33UUP_26_57": ("S1A_IW_GRDH_1SDV_20170613T165043_33UUP_26_57", "train"),
-    "S2A_MSIL2A_20170613T101031_N9999_R022_T33UUP_26_58": (
-        "S1A_IW_GRDH_1SDV_20170613T165043_33UUP_26_58",
-        "validation",
-    ),
-    "S2B_MSIL2A_20180515T094029_N9999_R036_T35VPK_01_02": ("S1B_IW_GRDH_1SDV_20180515T044142_35VPK_01_02", "test"),
-}
-
-
-def bigearthnet_v2(root: Path, rows: dict[str, tuple[str, str]] = ROWS) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
-    for one, (two, _) in rows.items():
-        tile = one.rsplit("_", 2)[0]
-        optical_patch(root / "BigEarthNet-S2" / tile / one, 2000)
-        radar_patch(root / "BigEarthNet-S1" / two.rsplit("_", 3)[0] / two)
-        labels = np.random.default_rng(3).choice(CORINE, (1, 120, 120)).astype(np.uint16)
-        put(root / "Reference_Maps" / tile / one / f"{one}_reference_map.tif", labels)
-    table = {"patch_id": list(rows), "labels": [["Pastures"]] * len(rows), "country": ["Austria"] * len(rows)}
-    table |= {"s1_name": [two for two, _ in rows.values()], "split": [split for _, split in rows.values()]}
-    pq.write_table(pa.table(table), root / "metadata.parquet")
-    return root
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_bigearthnet_v2(tmp_path: Path, wrapped: bool) -> None:
-    root = bigearthnet_v2(tmp_path / "BigEarthNet" if wrapped else tmp_path)
-    if wrapped:
-        (root / "BigEarthNet-S1").rename(tmp_path / "inner")
-        (root / "BigEarthNet-S1").mkdir()
-        (tmp_path / "inner").rename(root / "BigEarthNet-S1/BigEarthNet-S1")
-    places, left_out = found("bigearthnet-v2", tmp_path)
-    assert left_out == {} and list(places) == sorted(ROWS)
-    assert [place.split for place in places.values()] == ["train", "val", "test"]
-    assert [place.group for place in places.values()] == ["33UUP", "33UUP", "35VPK"]
-    last = places["S2B_MSIL2A_20180515T094029_N9999_R036_T35VPK_01_02"]
-    assert sensors(last) == ["s2-l2a", "s1", LABEL]
-    assert last.scenes[0].time == datetime(2018, 5, 15, 9, 40, 29, tzinfo=UTC)
-    assert {asset.radiometry.offset for scene in last.scenes for asset in scene.assets} == {0.0}
-    assert last.facts == {"labels": ["Pastures"], "country": "Austria"}
-
-
-def test_bigearthnet_v2_that_lacks_files(tmp_path: Path) -> None:
-    snow = "S2A_MSIL2A_20170613T101031_N9999_R022_T33UUP_00_01"
-    root = bigearthnet_v2(tmp_path)
-    first, second, third = sorted(ROWS)
-    tile = first.rsplit("_", 2)[0]
-    optical_patch(root / "BigEarthNet-S2" / tile / snow)
-    (root / "Reference_Maps" / tile / first / f"{first}_reference_map.tif").unlink()
-    (root / "BigEarthNet-S2" / tile / second / f"{second}_B01.tif").unlink()
-    (root / "BigEarthNet-S1" / ROWS[third][0].rsplit("_", 3)[0]).rename(tmp_path / "elsewhere")
-    places, left_out = found("bigearthnet-v2", root)
-    assert [sensors(places[name]) for name in (first, second, third)] == [
-        ["s2-l2a", "s1"],
-        ["s1", LABEL],
-        ["s2-l2a", LABEL],
-    ]
-    assert left_out == {
-        snow: "not in metadata.parquet (seasonal snow, clouds or their shadow)",
-        second: "bands of s2-l2a are missing",
-        third: "no s1 patch",
-    }
-
-
-def test_names_of_a_foreign_table_do_not_become_paths(tmp_path: Path) -> None:
-    root = bigearthnet_v2(tmp_path / "in", {name: ROWS[name] for name in sorted(ROWS)[:1]})
-    rows = pq.read_table(root / "metadata.parquet").to_pylist()
-    rows += [{**rows[0], "patch_id": "../../x_1_2"}, {**rows[0], "patch_id": sorted(ROWS)[1], "s1_name": "../a_b_c_d"}]
-    pq.write_table(pa.Table.from_pylist(rows), root / "metadata.parquet")
-    places, left_out = found("bigearthnet-v2", root)
-    assert list(places) == sorted(ROWS)[:1]
-    assert left_out == dict.fromkeys(["../../x_1_2", sorted(ROWS)[1]], "metadata.parquet has no valid names for it")
-
-
-def test_bigearthnet_v2_without_its_table_or_columns(tmp_path: Path) -> None:
-    root = bigearthnet_v2(tmp_path)
-    pq.write_table(pq.read_table(root / "metadata.parquet").drop_columns(["s1_name"]), root / "metadata.parquet")
-    with pytest.raises(ArchiveError, match=r"columns \['s1_name'\] are missing"):
-        found("bigearthnet-v2", root)
-    (root / "metadata.parquet").unlink()
-    with pytest.raises(ArchiveError, match=r"metadata.parquet is missing"):
-        found("bigearthnet-v2", root)
-
-
-def test_bigearthnet_v2_as_shards(tmp_path: Path) -> None:
-    root = bigearthnet_v2(tmp_path / "in", dict(list(ROWS.items())[:2]))
-    samples = built("shards-bigearthnet-v2", root, tmp_path / "out", "tile.size=120")
-    raw = np.random.default_rng(3).choice(CORINE, (120, 120))
-    assert len(samples) == 2 and {sample.meta["split"] for sample in samples.values()} == {"train", "val"}
-    for sample in samples.values():
-        assert (sample.tiles["s2-l2a"].values == np.arange(2000, 2012)[:, None, None]).all()
-        np.testing.assert_array_equal(sample.label, merged(raw, "shards-bigearthnet-v2"))
-    assert (sample.label[raw == 112] == 0).all() and (sample.label[raw == 522] == 18).all()
-    assert (sample.label[np.isin(raw, [122, 423, 999])] == 255).all()
 
 
 # --- Hunan -----------------------------------------------------------------------------------------------------------

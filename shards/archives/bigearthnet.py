@@ -31,7 +31,7 @@ def scene(sensor: str, folder: Path) -> Scene | str:
     paths = {band: f"{folder.name}_{_suffix(band)}.tif" for band in bands}
     try:
         there = set(os.listdir(folder))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return f"no {sensor} patch"
     if not there.issuperset(paths.values()):
         return f"bands of {sensor} are missing"

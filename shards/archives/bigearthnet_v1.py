@@ -46,6 +46,7 @@ LISTS = {
     "patches_with_seasonal_snow.csv": "seasonal snow",
     "patches_with_cloud_and_shadow.csv": "cloud or its shadow",
 }
+SECOND = "a second patch beside the one that is used"
 _S2 = re.compile(r"S2[AB]_MSIL2A_\d{8}T\d{5,6}_\d+_\d+")
 _TILE = re.compile(r"_T(\d{2}[A-Z]{3})_")
 
@@ -57,13 +58,17 @@ def places(root: str) -> Iterator[Place | LeftOut]:
         ArchiveError: no patch below `root`.
     """
     home = folder(root)
-    optical, radar = {path.name: path for path in folders(home, _S2)}, {}
+    optical: dict[str, Path] = {}
+    radar: dict[str, Path] = {}
+    for path in folders(home, _S2):
+        if optical.setdefault(path.name, path) != path:
+            yield LeftOut(path.relative_to(home).as_posix(), SECOND)
     for path in folders(home, S1):
         partner = _metadata(path).get("corresponding_s2_patch")
-        if isinstance(partner, str):
-            radar[partner] = path
-        else:
+        if not isinstance(partner, str):
             yield LeftOut(path.name, "no JSON file names its Sentinel-2 patch")
+        elif radar.setdefault(partner, path) != path:
+            yield LeftOut(path.relative_to(home).as_posix(), SECOND)
     names = sorted({*optical, *radar})
     if not names:
         raise nothing(root, "no patch of BigEarthNet v1 was", LAYOUT)

@@ -35,7 +35,7 @@ ABOUT = About(
     notes=MappingProxyType(
         {
             "s1": "sigma nought in dB (SupportingDocument.txt of the release)",
-            "s2-l1c": "mosaics of cloud-free acquisitions of one season; no dates",
+            "s2-l1c": "cloud-free images of one season; no dates",
         }
     ),
     broken=MappingProxyType(

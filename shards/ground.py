@@ -28,6 +28,37 @@ RADIUS, FLATTENING = 6_378_137.0, 1 / 298.257223563  # of WGS 84
 RELATIVE_MARGIN, MARGIN = 5e-4, 1.0
 
 
+def cut(lons: Floats, lats: Floats) -> shapely.Geometry:
+    """The polygon through points on the globe, cut in two at the date line (RFC 7946, section 3.1.9).
+
+    Args:
+        lons: degrees, any turn; the first point is also the last. Between two points the way is the short one.
+        lats: degrees.
+
+    Returns:
+        A Polygon, or a MultiPolygon with parts on both sides. A ring around a pole contains the pole.
+    """
+    lons = np.unwrap(lons, period=360)
+    turns = [turn for turn in range(-720, 721, 360) if lons.min() < turn + 180 and lons.max() > turn - 180]
+    around = lons[-1] - lons[0]
+    if abs(around) > 180:
+        # Two turns around the pole hold a whole one from date line to date line.
+        lons, lats = np.append(lons, lons[1:] + around), np.append(lats, lats[1:])
+        pole = np.copysign(90.0, lats.mean())
+        lons, lats = np.append(lons, [lons[-1], lons[0], lons[0]]), np.append(lats, [pole, pole, lats[0]])
+        turns = [int(np.copysign(360, around))]
+    whole = shapely.Polygon(np.stack([lons, lats], axis=1))
+    if turns == [0]:
+        return whole
+    parts = [_moved(whole.intersection(shapely.box(turn - 180, -90, turn + 180, 90)), -turn) for turn in turns]
+    polygons = [part for part in shapely.get_parts(parts) if part.area > 1e-9 * whole.area]
+    return polygons[0] if len(polygons) == 1 else shapely.MultiPolygon(polygons)
+
+
+def _moved(geometry: shapely.Geometry, degrees: float) -> shapely.Geometry:
+    return shapely.transform(geometry, lambda points: points + np.array([degrees, 0.0]))
+
+
 @dataclass(frozen=True)
 class Footprints:
     """Polygons in degrees, numbered from 0; one that was cut at the date line has two parts.
@@ -54,7 +85,6 @@ class Footprints:
         starts = np.searchsorted(part, np.arange(len(parts) + 1))
         if not len(parts):
             return Footprints(corners, starts, owner, np.zeros((0, 4)), np.zeros(0))
-        corners = _on_one_side(corners, part)
         low, high = (extreme.reduceat(corners, starts[:-1]) for extreme in (np.minimum, np.maximum))
         bend = np.maximum.reduceat(_bend(corners, part), starts[:-1])
         return Footprints(corners, starts, owner, np.hstack([low, high]), bend)
@@ -123,19 +153,6 @@ class Footprints:
         part = np.repeat(np.arange(len(parts)), counts)
         firsts = np.cumsum(counts) - counts
         return self.corners[self.starts[parts][part] + np.arange(len(part)) - firsts[part]], part
-
-
-def _on_one_side(corners: Floats, part: Ints) -> Floats:
-    """Corners on the date line as 180 or -180, whichever side the rest of their part is on.
-
-    GDAL's cut at the date line gives now and then a corner of the western half as 180.
-    """
-    on_line = np.abs(corners[:, 0]) == 180
-    side = np.where(on_line, 0.0, np.sign(corners[:, 0]))
-    sides, lengths = np.bincount(part, side), np.bincount(part, np.abs(side))
-    wrong = on_line & (np.abs(sides) == lengths)[part] & (lengths > 0)[part]
-    lon = np.where(wrong, 180 * np.sign(sides)[part], corners[:, 0])
-    return np.stack([lon, corners[:, 1]], axis=1)
 
 
 def _in_space(corners: Floats) -> Floats:

@@ -10,11 +10,12 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from shapely.geometry import box, shape
+from shapely.geometry import box
 
 from shards.config import Split
-from shards.raster_io import footprint, transform_points
+from shards.raster_io import transform_points
 from shards.splits import SplitError, assign
+from tests.footprints import ring
 
 HALVES = {"train": 0.5, "test": 0.5}
 MADRID, ZONE_60 = "EPSG:32630", "EPSG:32660"
@@ -29,8 +30,7 @@ def table(
     crs: str | None, squares: list[tuple[float, float, float]], groups: list[str], splits: list[str] | None = None
 ) -> pa.Table:
     """Rows of a manifest: squares given by (x, y, side) in `crs`."""
-    shapes = [[(x, y), (x + s, y), (x + s, y + s), (x, y + s)] for x, y, s in squares]
-    geometry = [shape(footprint(crs, corners)).wkb if crs else None for corners in shapes]
+    geometry = [ring(crs, x, y, side).wkb if crs else None for x, y, side in squares]
     return pa.table(
         {
             "key": [f"tile-{number}" for number in range(len(squares))],

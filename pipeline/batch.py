@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from shards.contract import Contract, ContractError, Modality
 from shards.sample import Sample, Tile
+
+T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,13 @@ class Batch:
 
 
 def collate(items: Sequence[tuple[Sample, int]], contract: Contract) -> Batch:
-    """Stack and normalise (sample, position) pairs for the modalities of `contract`.
+    """Stack and normalise (sample, position) pairs for the modalities of `contract`, each turned as its facts say.
 
     Raises:
         ContractError: samples of different sizes, or one that lacks a modality (absent data is a tile without a valid
             pixel, never a missing name).
     """
-    samples = [sample for sample, _ in items]
+    samples = [upright(sample) for sample, _ in items]
     for sample in samples:
         if missing := [name for name in contract.sensors if name not in sample.tiles]:
             raise ContractError(f"sample {sample.key} has no {', '.join(missing)}; it has {', '.join(sample.tiles)}")
@@ -72,6 +75,27 @@ def collate(items: Sequence[tuple[Sample, int]], contract: Contract) -> Batch:
         torch.tensor([position for _, position in items], dtype=torch.int64),
         [sample.key for sample in samples],
     )
+
+
+def upright(sample: Sample) -> Sample:
+    """The sample, turned by 180 degrees where its fact `orientation` is 1.
+
+    A side-looking radar casts shadows away from itself. Turned, scenes from both sides look alike; in the shards they
+    lie as their georeference says.
+    """
+    if sample.meta.get("orientation") != 1:
+        return sample
+    tiles = {
+        name: replace(tile, values=_half_turn(tile.values), valid=_half_turn(tile.valid))
+        for name, tile in sample.tiles.items()
+    }
+    label = None if sample.label is None else _half_turn(sample.label)
+    instances = None if sample.instances is None else _half_turn(sample.instances)
+    return replace(sample, tiles=tiles, label=label, instances=instances)
+
+
+def _half_turn(image: NDArray[T]) -> NDArray[T]:
+    return image[..., ::-1, ::-1]
 
 
 def normalise(tile: Tile, modality: Modality) -> NDArray[np.float32]:

@@ -3,15 +3,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.batch import collate, normalise
+from pipeline.batch import collate, normalise, upright
 from pipeline.dataset import micro_batches, read_ahead, training_batches
 from shards.contract import ContractError
-from shards.sample import Sample, Tile
+from shards.sample import Sample, Tile, decode, encode
 from tests.small_dataset import CONTRACT, make_sample
 
 PAIRS = [(make_sample(number), 10 + number) for number in range(5)]
@@ -67,6 +68,26 @@ def test_missing_modalities_and_mixed_sizes_are_refused() -> None:
         collate([(lacking, 0)], CONTRACT)
     with pytest.raises(ContractError, match="several sizes"):
         collate([PAIRS[0], (make_sample(1, size=64), 1)], CONTRACT)
+
+
+@pytest.mark.parametrize("encoding", ["npy", "blosc2-zstd"])
+def test_scenes_seen_from_the_far_side_are_turned(encoding: Any) -> None:
+    plain = [replace(sample, meta={**sample.meta, "orientation": 0}) for sample, _ in PAIRS]
+    turned = [replace(sample, meta={**sample.meta, "orientation": number % 2}) for number, sample in enumerate(plain)]
+    stored = [decode(encode(sample, encoding)) for sample in turned]  # the fact comes back from the shards
+    a = collate([(sample, 0) for sample in plain], CONTRACT)
+    b = collate([(sample, 0) for sample in stored], CONTRACT)
+    assert a.label is not None and b.label is not None
+    pairs = [(a.label, b.label)]
+    for name in a.values:
+        pairs += [(a.values[name], b.values[name]), (a.valid[name], b.valid[name])]
+    for before, after in pairs:
+        assert torch.equal(after[::2], before[::2])
+        assert torch.equal(after[1::2], torch.rot90(before[1::2], 2, (-2, -1)))
+    assert not b.valid["s1"][1, -6:, -6:].any() and b.valid["s1"][1, :6, :6].all()
+    assert collate([(replace(turned[1], label=None), 0)], CONTRACT).label is None
+    numbered = replace(turned[1], instances=np.arange(32 * 32, dtype=np.uint16).reshape(32, 32))
+    assert upright(numbered).instances[0, 0] == 32 * 32 - 1  # type: ignore[index]
 
 
 def test_micro_batches_keep_order_and_a_short_rest() -> None:

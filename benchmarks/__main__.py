@@ -7,7 +7,7 @@ from importlib import import_module
 
 from benchmarks.timing import machine
 
-NAMES = ("reading", "scan", "training")
+NAMES = ("reading", "scan", "tiling", "training")
 
 
 def main() -> None:

@@ -178,13 +178,13 @@ def _block_samples(
     view, outer = block[0].view, Window.around([item.window for item in block])
     grid = view.grid.window(outer)
     read = {name: read_tile(opened[name], grid) for name in config.sensors}
+    for name, tile in read.items():
+        looks[name].add(tile)
     clouds = {name: cloud for name in config.sensors if (cloud := read_cloud(opened[name], grid)) is not None}
     classes, instances = label.read(grid) if label else (None, None)
     for item in block:
         cut = item.window.within(outer)
         tiles = {name: Tile(t.values[:, *cut], t.valid[cut], t.time) for name, t in read.items()}
-        for name, tile in tiles.items():
-            looks[name].add(tile)
         facts = _facts(view, view.grid.window(item.window))
         facts["cloud"] = _cloud(tiles, {name: cloud[cut] for name, cloud in clouds.items()})
         reason = _too_poor(config, tiles, facts["cloud"])

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
-from rasterio.enums import ColorInterp
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader, MemoryFile
 from rasterio.windows import Window as RasterWindow
@@ -96,6 +96,7 @@ class FileRaster:
         self._reader, self.name = reader, name
         self._alpha = [i for i, kind in enumerate(reader.colorinterp, 1) if kind is ColorInterp.alpha]
         self._bands = [i for i, kind in enumerate(reader.colorinterp, 1) if kind is not ColorInterp.alpha]
+        self._masked = any(flags != [MaskFlags.all_valid] for flags in reader.mask_flag_enums)
         self.names = tuple(reader.descriptions[i - 1] or "" for i in self._bands)
         self.dtype = np.result_type(*(reader.dtypes[i - 1] for i in self._bands))
         self.nodata = reader.nodata
@@ -112,10 +113,12 @@ class FileRaster:
         """Pixels [h, w] that nodata, masks and alpha let through."""
         part = _part(window)
         try:
-            found = (self._reader.read_masks(self._numbers(indexes), window=part) > 0).all(axis=0)
+            found = np.ones((window.height, window.width), np.bool_)
+            if self._masked:
+                found &= (self._reader.read_masks(self._numbers(indexes), window=part) > 0).all(axis=0)
             if self._alpha:  # GDAL's masks know of alpha only in files of two or four bands
                 found &= (self._reader.read(self._alpha, window=part) > 0).all(axis=0)
-            return np.asarray(found)
+            return found
         except RasterioError as error:
             raise SceneError(self.name, f"damaged: {error}") from error
 

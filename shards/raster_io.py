@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,14 @@ def utm_grid(source: Grid, metres: float) -> Grid:
     return Grid((metres, 0.0, float(west), 0.0, -metres, float(north)), height, width, crs)
 
 
+@lru_cache(maxsize=64)
+def _crs(text: str) -> CRS:
+    return CRS.from_user_input(text)  # slow, and the same few are asked for again and again
+
+
 def is_geographic(crs: str) -> bool:
     """Whether coordinates of this CRS are degrees."""
-    return bool(CRS.from_user_input(crs).is_geographic)
+    return bool(_crs(crs).is_geographic)
 
 
 def transform_points(
@@ -139,17 +145,18 @@ def transform_points(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Coordinates `xs`, `ys` (any one shape) of the CRS `source` in the CRS `target`; x is easting or longitude."""
     shape = np.shape(xs)
-    out = rasterio.warp.transform(CRS.from_user_input(source), CRS.from_user_input(target), xs.ravel(), ys.ravel())
+    out = rasterio.warp.transform(_crs(source), _crs(target), xs.ravel(), ys.ravel())
     return np.asarray(out[0]).reshape(shape), np.asarray(out[1]).reshape(shape)
 
 
 def footprint(crs: str, corners: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """The polygon through `corners` of `crs` as a GeoJSON geometry in OGC:CRS84, cut in two at the date line."""
-    ring = [*corners, corners[0]]
-    edges: list[tuple[float, float]] = []
-    for (x0, y0), (x1, y1) in pairwise(ring):
-        steps = np.linspace(0.0, 1.0, 5)[:-1]  # a straight edge of a projected grid is a curve in degrees
-        edges += [(x0 + t * (x1 - x0), y0 + t * (y1 - y0)) for t in steps]
-    polygon = {"type": "Polygon", "coordinates": [[*edges, edges[0]]]}
+    steps = np.linspace(0.0, 1.0, 5)[:-1, None]  # a straight edge of a projected grid is a curve in degrees
+    ring = [np.array(a) + steps * (np.array(b) - np.array(a)) for a, b in pairwise([*corners, corners[0]])]
+    points = np.concatenate([*ring, [corners[0]]])
+    lons, lats = transform_points(crs, "OGC:CRS84", points[:, 0], points[:, 1])
+    if np.ptp(lons) < 180 and np.abs(lons).max() <= 180:
+        return {"type": "Polygon", "coordinates": [np.stack([lons, lats], axis=1).tolist()]}
+    polygon = {"type": "Polygon", "coordinates": [points.tolist()]}
     out = rasterio.warp.transform_geom(CRS.from_user_input(crs), "OGC:CRS84", polygon, antimeridian_cutting=True)
     return {"type": out["type"], "coordinates": out["coordinates"]}

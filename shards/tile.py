@@ -23,6 +23,7 @@ from rasterio.enums import Resampling
 
 from shards.grid import Grid, Window
 from shards.raster import Raster, open_raster
+from shards.raster_io import is_geographic, transform_points
 from shards.sample import Tile
 from shards.scene import LABEL, Asset, Radiometry, Scene, SceneError
 from shards.sensors import SENSORS, Sensor
@@ -136,15 +137,20 @@ def read_tile(opened: OpenScene, grid: Grid) -> Tile:
     Raises:
         SceneError: the file is damaged.
     """
-    shape = (grid.height, grid.width)
-    values = np.zeros((len(opened.bands), *shape), opened.dtype)
-    valid = np.ones(shape, np.bool_)
+    values, valid = None, None
     for file in opened.files:
         part, seen = _read(opened.row, file, grid)
-        for name, band in zip(file.bands, to_unit(part, file.asset.radiometry), strict=True):
-            values[opened.bands.index(name)] = band
-        valid &= seen
-    values[:, ~valid] = 0
+        part = to_unit(part, file.asset.radiometry)
+        if file.bands == opened.bands and part.dtype == opened.dtype:
+            values, valid = part, seen  # one file holds everything: no copy
+            break
+        if values is None:
+            values, valid = np.zeros((len(opened.bands), *seen.shape), opened.dtype), seen
+        values[[opened.bands.index(name) for name in file.bands]] = part
+        valid = valid & seen
+    assert values is not None and valid is not None  # a scene has files
+    if not valid.all():
+        values[:, ~valid] = 0
     return Tile(values, valid, opened.scene.time)
 
 
@@ -186,11 +192,14 @@ def _read(row: Sensor, file: OpenFile, grid: Grid) -> tuple[NDArray[Any], NDArra
     window = grid.inside(file.grid)
     if window is not None:
         return _read_window(row, file, window)
-    under = _window_under(grid, file.grid)
-    if under is None:
+    span = _span(grid, file.grid)
+    under = span and _window_under(span, grid, file.grid)
+    if span is None or under is None:
         shape = (grid.height, grid.width)
         return np.zeros((len(file.indexes), *shape), file.raster.dtype), np.zeros(shape, np.bool_)
     values, valid = _read_window(row, file, under)
+    if valid.all() and _inside(span, file.grid):
+        return _resample(row, values, file.grid.window(under), grid, None), np.ones((grid.height, grid.width), np.bool_)
     return _warp(row, values, valid, file.grid.window(under), grid)
 
 
@@ -216,58 +225,106 @@ def _validity(row: Sensor, file: OpenFile, part: Window, values: NDArray[Any]) -
     it: a dark band may well be 0 beside others that are not.
     """
     valid = np.ones(values.shape[1:], np.bool_)
-    if values.dtype.kind == "f":
-        valid &= np.isfinite(values).all(axis=0)
     if row.nodata is not None:
-        valid &= (values != row.nodata).any(axis=0)
+        valid &= ~_all_bands(values, row.nodata)
     if file.asset.nodata is not None:
         valid &= (values != file.asset.nodata).all(axis=0)
     elif file.raster.nodata is None or file.raster.nodata != row.nodata:
         valid &= file.raster.mask(file.indexes, part)
     if row.possible is not None:
-        low, high = row.possible
-        measured = to_unit(values, file.asset.radiometry)
-        valid &= ((measured >= low) & (measured <= high)).all(axis=0)
+        valid &= _between(to_unit(values, file.asset.radiometry), *row.possible)
+    elif values.dtype.kind == "f":
+        valid &= np.isfinite(values).all(axis=0)
     return valid
 
 
-def _window_under(grid: Grid, source: Grid) -> Window | None:
-    """The part of `source` that lies under `grid`, with a margin; None when they do not meet."""
+def _all_bands(values: NDArray[Any], number: float) -> NDArray[np.bool_]:
+    """Pixels [H, W] in which every band holds `number`; looks no further than the bands that can matter."""
+    found: NDArray[np.bool_] = values[0] == number
+    for band in values[1:]:
+        if not found.any():
+            break
+        found &= band == number
+    return found
+
+
+def _between(values: NDArray[Any], low: float, high: float) -> NDArray[np.bool_] | np.bool_:
+    """Pixels [H, W] whose bands all lie in the range, which NaN does not; as a rule all do, which is quickly told."""
+    if low <= values.min() and values.max() <= high:
+        return np.True_
+    return np.asarray(((values >= low) & (values <= high)).all(axis=0))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows and columns of a source, as fractions, that a grid reaches over."""
+
+    top: float
+    left: float
+    bottom: float
+    right: float
+
+
+def _span(grid: Grid, source: Grid) -> Span | None:
+    """Where `grid` lies in the pixels of `source`; None when that cannot be told."""
     if (grid.crs is None) != (source.crs is None):
         return None
     xs, ys = (np.array(values) for values in zip(*grid.edge(), strict=True))
-    if grid.crs != source.crs:
-        xs, ys = (np.array(values) for values in rasterio.warp.transform(grid.crs, source.crs, xs, ys))
-        if CRS.from_user_input(source.crs).is_geographic:  # longitudes count from either side of the date line
+    if grid.crs is not None and source.crs is not None and grid.crs != source.crs:
+        xs, ys = transform_points(grid.crs, source.crs, xs, ys)
+        if is_geographic(source.crs):  # longitudes count from either side of the date line
             middle, _ = source.xy(source.height / 2, source.width / 2)
             xs = middle + (xs - middle + 180) % 360 - 180
     if not np.isfinite([*xs, *ys]).all():
         return None
     rows, cols = zip(*(source.rowcol(x, y) for x, y in zip(xs, ys, strict=True)), strict=True)
+    return Span(min(rows), min(cols), max(rows), max(cols))
+
+
+def _window_under(span: Span, grid: Grid, source: Grid) -> Window | None:
+    """The window of `source` that `grid` needs, with a margin; None when they do not meet."""
     # Where pixels shrink, the warper's kernel grows with the ratio.
-    margin = math.ceil(MARGIN * max(1.0, (max(rows) - min(rows)) / grid.height, (max(cols) - min(cols)) / grid.width))
-    top, left = math.floor(min(rows)) - margin, math.floor(min(cols)) - margin
-    bottom, right = math.ceil(max(rows)) + margin, math.ceil(max(cols)) + margin
+    ratio = max(1.0, (span.bottom - span.top) / grid.height, (span.right - span.left) / grid.width)
+    margin = math.ceil(MARGIN * ratio)
+    top, left = math.floor(span.top) - margin, math.floor(span.left) - margin
+    bottom, right = math.ceil(span.bottom) + margin, math.ceil(span.right) + margin
     return Window(top, left, bottom - top, right - left).clipped(source.height, source.width)
+
+
+def _inside(span: Span, source: Grid, tolerance: float = 0.05) -> bool:
+    """Whether `source` holds the whole span, to within `tolerance` of a pixel."""
+    low = min(span.top, span.left)
+    return low >= -tolerance and span.bottom <= source.height + tolerance and span.right <= source.width + tolerance
 
 
 def _warp(
     row: Sensor, values: NDArray[Any], valid: NDArray[np.bool_], source: Grid, grid: Grid
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Resample by the sensor's rule; a target pixel is valid where the warper found valid source pixels."""
-    wide = values.dtype.itemsize > 4 or (values.dtype.kind in "iu" and values.dtype.itemsize > 2)
-    exact = np.float64 if wide else np.float32
-    floats = values.astype(exact)
+    """Resample with holes: a target pixel is valid where the warper found valid source pixels."""
+    floats = values.astype(_exact(values.dtype))
     floats[:, ~valid] = np.nan
-    out = np.full((values.shape[0], grid.height, grid.width), np.nan, exact)
-    rasterio.warp.reproject(
-        floats, out, src_transform=Affine(*source.transform), src_crs=CRS.from_user_input(source.crs),
-        dst_transform=Affine(*grid.transform), dst_crs=CRS.from_user_input(grid.crs),
-        src_nodata=np.nan, dst_nodata=np.nan, resampling=Resampling[row.resampling],
-    )  # fmt: skip
+    out = _resample(row, floats, source, grid, np.nan)
     seen = np.isfinite(out).all(axis=0)
     out[:, ~seen] = 0
     return (np.rint(out) if values.dtype.kind in "iu" else out).astype(values.dtype), seen
+
+
+def _resample(row: Sensor, values: NDArray[Any], source: Grid, grid: Grid, hole: float | None) -> NDArray[Any]:
+    """`values` [C, h, w] of `source` on `grid` by the sensor's rule; GDAL is faster when there is no `hole` value."""
+    exact = values.astype(_exact(values.dtype), copy=False)
+    out = np.full((values.shape[0], grid.height, grid.width), np.nan, exact.dtype)
+    rasterio.warp.reproject(
+        exact, out, src_transform=Affine(*source.transform), src_crs=CRS.from_user_input(source.crs),
+        dst_transform=Affine(*grid.transform), dst_crs=CRS.from_user_input(grid.crs),
+        src_nodata=hole, dst_nodata=hole, resampling=Resampling[row.resampling],
+    )  # fmt: skip
+    return out if values.dtype.kind == "f" else np.rint(out).astype(values.dtype)
+
+
+def _exact(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
+    """A float type that holds all numbers of `dtype`."""
+    wide = dtype.itemsize > 4 or (dtype.kind in "iu" and dtype.itemsize > 2)
+    return np.float64 if wide else np.float32
 
 
 def is_empty(opened: OpenScene) -> bool:
@@ -281,4 +338,5 @@ def is_empty(opened: OpenScene) -> bool:
 
 def overlaps(a: Grid, b: Grid) -> bool:
     """Whether two grids share any ground."""
-    return _window_under(a, b) is not None
+    span = _span(a, b)
+    return span is not None and span.bottom > 0 and span.right > 0 and span.top < b.height and span.left < b.width

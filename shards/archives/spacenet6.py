@@ -67,21 +67,22 @@ _NAME = re.compile(
 )
 
 
+_Key = tuple[str, int, str]
+
+
 @dataclass
 class _Tile:
     """The files of a tile by product."""
 
-    strip: str
-    split: str
     time: datetime
     paths: dict[str, Path] = field(default_factory=dict)
 
 
 @dataclass
 class _Found:
-    """Tiles by (strip, number), files of orientations, and what is neither."""
+    """Tiles by (strip, number, split), files of orientations, and what is neither."""
 
-    tiles: dict[tuple[str, int], _Tile] = field(default_factory=dict)
+    tiles: dict[_Key, _Tile] = field(default_factory=dict)
     orientations: list[Path] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
 
@@ -99,11 +100,15 @@ def places(root: str) -> Iterator[Place | LeftOut]:
     flags, unread = _orientations(root, found.orientations)
     yield from unread
     if found.orientations:
-        unknown = sorted({tile.strip for tile in found.tiles.values()} - set(flags))
+        unknown = sorted({strip for strip, *_ in found.tiles} - set(flags))
         yield from (LeftOut(strip, "orientation of the strip is not known; not turned") for strip in unknown)
     sharp = any(OPTICAL in tile.paths for tile in found.tiles.values())
-    for (strip, number), tile in sorted(found.tiles.items()):
-        yield from _place(f"{strip}_tile_{number}", tile, flags, OPTICAL if sharp else COARSE)
+    for key in sorted(found.tiles):
+        strip, number, split = key
+        if split != "train" and (strip, number, "train") in found.tiles:
+            yield LeftOut(f"{strip}_tile_{number} {split}", "the tile is in train, too")
+        else:
+            yield from _place(key, found.tiles[key], flags, OPTICAL if sharp else COARSE)
 
 
 def _find(root: str) -> _Found:
@@ -122,18 +127,16 @@ def _find(root: str) -> _Found:
     return found
 
 
-def _add(tiles: dict[tuple[str, int], _Tile], path: Path, match: re.Match[str]) -> str:
+def _add(tiles: dict[_Key, _Tile], path: Path, match: re.Match[str]) -> str:
     """Put a file to its tile; why not, otherwise."""
-    product, split = match["product"], SPLITS[match["split"]]
+    product = match["product"]
     if product in UNUSED:
         return UNUSED[product]
     try:
         time = datetime.strptime(match["start"], "%Y%m%d%H%M%S").replace(tzinfo=UTC)
     except ValueError:
         return "not a name of this archive"
-    tile = tiles.setdefault((match["strip"], int(match["number"])), _Tile(match["strip"], split, time))
-    if tile.split != split:
-        return f"its tile is in {tile.split}"
+    tile = tiles.setdefault((match["strip"], int(match["number"]), SPLITS[match["split"]]), _Tile(time))
     return "" if tile.paths.setdefault(product, path) == path else "a second file of the same name"
 
 
@@ -150,8 +153,9 @@ def _orientations(root: str, paths: list[Path]) -> tuple[dict[str, int], list[Le
     return flags, unread
 
 
-def _place(name: str, tile: _Tile, flags: Mapping[str, int], optical: str) -> Iterator[Place | LeftOut]:
-    scenes = []
+def _place(key: _Key, tile: _Tile, flags: Mapping[str, int], optical: str) -> Iterator[Place | LeftOut]:
+    strip, number, split = key
+    name, scenes = f"{strip}_tile_{number}", []
     for product, sensor, time in ((SAR, "sar-quadpol", tile.time), (optical, "rgbnir", OPTICAL_DAY)):
         if product in tile.paths:
             asset = Asset(str(tile.paths[product]), SENSORS[sensor].band_names)
@@ -163,7 +167,7 @@ def _place(name: str, tile: _Tile, flags: Mapping[str, int], optical: str) -> It
         return
     if BUILDINGS in tile.paths:
         scenes.append(Scene(LABEL, (Asset(str(tile.paths[BUILDINGS])),)))
-    elif tile.split == "train":
+    elif split == "train":
         yield LeftOut(f"{name} {LABEL}", "no GeoJSON file, so not labelled (a tile without buildings has an empty one)")
-    facts = {"orientation": flags[tile.strip]} if tile.strip in flags else {}
-    yield Place(name, tuple(scenes), group=tile.strip, split=tile.split, facts=facts)
+    facts = {"orientation": flags[strip]} if strip in flags else {}
+    yield Place(name, tuple(scenes), group=strip, split=split, facts=facts)

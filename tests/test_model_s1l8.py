@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.config import ModelConfig
+from pipeline.model.config import ModelConfig, Size
 from pipeline.model.encoder import Downsample, Encoder, Stem
 from pipeline.model.mcf_mamba import MCFMamba
 from pipeline.model.names import from_vmamba
@@ -96,6 +96,22 @@ def test_unit(name: str, scan: str) -> None:
     for key, gradient in gradients.items():
         ((mine, expected),) = renamed({key: gradient}, theirs, ours).items()
         g.check(f"{name}/grad/{key}", parameters[mine].grad, tolerance[f"{name}/grad/{key}"], expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "dim", "depths", "drop_path"),
+    # vssm1_tiny_0230s, vssm1_small_0229s, vssm1_base_0229s of the public release
+    [("tiny", 96, (2, 2, 8, 2), 0.2), ("small", 96, (2, 2, 20, 2), 0.3), ("base", 128, (2, 2, 20, 2), 0.6)],
+)
+def test_sizes_are_those_of_the_public_release(size: Size, dim: int, depths: tuple[int, ...], drop_path: float) -> None:
+    config = ModelConfig(size=size, vmamba="s1l8")
+    assert config.stage_dims == (dim, 2 * dim, 4 * dim, 8 * dim) and config.stage_depths == depths
+    with torch.device("meta"):
+        encoder = Encoder(config, 3, "torch")
+    assert [len(stage.blocks) for stage in encoder.stages] == list(depths)
+    rates = [block.drop_path.rate for stage in encoder.stages for block in stage.blocks]
+    assert rates == pytest.approx([drop_path * i / (sum(depths) - 1) for i in range(sum(depths))])
+    assert ModelConfig(size="base").encoder_drop_path == 0.5  # v0 has its own
 
 
 def test_names_of_the_public_tiny() -> None:

@@ -13,20 +13,21 @@ VMamba = Literal["v0", "s1l8"]
 
 @dataclass(frozen=True)
 class Preset:
-    """Channels and blocks (by encoder type) of the four stages, and the stochastic depth VMamba trains it with."""
+    """Channels of the four stages; by encoder type their blocks and the stochastic depth VMamba trains them with."""
 
     dims: tuple[int, ...]
     depths: dict[VMamba, tuple[int, ...]]
-    drop_path: float
+    drop_path: dict[VMamba, float]
 
 
-# tiny, small, base: VMamba (Liu et al. 2024, arXiv 2401.10166, and the configurations of its public release).
-# "s1l8" names Tiny; small and base of that kind have 20 blocks in the third stage. nano is ours, for tests.
+# tiny, small, base: VMamba (Liu et al. 2024, arXiv 2401.10166) and its public release MzeroMiko/VMamba, in
+# classification/configs/vssm: v0 is vmambav0_{tiny,small,base}_224.yaml, s1l8 vmambav2v_{tiny,small,base}_224.yaml.
+# "s1l8" is the release's name of Tiny; small and base of that kind it calls s1l20. nano is ours, for tests.
 PRESETS: dict[str, Preset] = {
-    "nano": Preset((12, 24, 48, 96), {"v0": (1, 1, 2, 1), "s1l8": (1, 1, 2, 1)}, 0.0),
-    "tiny": Preset((96, 192, 384, 768), {"v0": (2, 2, 9, 2), "s1l8": (2, 2, 8, 2)}, 0.2),
-    "small": Preset((96, 192, 384, 768), {"v0": (2, 2, 27, 2), "s1l8": (2, 2, 20, 2)}, 0.3),
-    "base": Preset((128, 256, 512, 1024), {"v0": (2, 2, 27, 2), "s1l8": (2, 2, 20, 2)}, 0.5),
+    "nano": Preset((12, 24, 48, 96), {"v0": (1, 1, 2, 1), "s1l8": (1, 1, 2, 1)}, {"v0": 0.0, "s1l8": 0.0}),
+    "tiny": Preset((96, 192, 384, 768), {"v0": (2, 2, 9, 2), "s1l8": (2, 2, 8, 2)}, {"v0": 0.2, "s1l8": 0.2}),
+    "small": Preset((96, 192, 384, 768), {"v0": (2, 2, 27, 2), "s1l8": (2, 2, 20, 2)}, {"v0": 0.3, "s1l8": 0.3}),
+    "base": Preset((128, 256, 512, 1024), {"v0": (2, 2, 27, 2), "s1l8": (2, 2, 20, 2)}, {"v0": 0.5, "s1l8": 0.6}),
 }
 
 
@@ -103,7 +104,7 @@ class ModelConfig:
     @property
     def encoder_drop_path(self) -> float:
         """Drop path rate of the encoders' last block; it grows linearly from 0 at the first."""
-        return self.drop_path if self.drop_path is not None else PRESETS[self.size].drop_path
+        return self.drop_path if self.drop_path is not None else PRESETS[self.size].drop_path[self.vmamba]
 
     @property
     def decoder_drop_path(self) -> float:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -201,6 +202,19 @@ def guard_precision(module: nn.Module) -> None:
                 f"{name} became {parameter.dtype}: parameters must stay float32 and bf16 comes from autocast; write "
                 "engine.precision=bf16 and take the key that casts the model out of engine.deepspeed"
             )
+
+
+def precision_line(found: Mapping[str, torch.dtype], products: str) -> str:
+    """What the guard found, in a line: data types of A_log, D, the bias of dt and norms, with how many have each.
+
+    Args:
+        found: data type by parameter name, from `MCFMamba.precision`.
+        products: precision of the matrix products.
+    """
+    kinds = {"A_log": "A_log", "D": "D", "dt_bias": "dt bias"}
+    counts = Counter((kinds.get(name.rsplit(".", 1)[-1], "norms"), str(kind)) for name, kind in found.items())
+    parts = [f"{kind} {dtype.removeprefix('torch.')} ({count})" for (kind, dtype), count in sorted(counts.items())]
+    return f"precision: {', '.join(parts)}; matrix products {products}"
 
 
 def _import_deepspeed() -> Any:

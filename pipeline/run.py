@@ -25,7 +25,7 @@ from configs import ConfigError
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Training
-from pipeline.engine import Engine
+from pipeline.engine import Engine, precision_line
 from pipeline.model.mcf_mamba import MCFMamba
 from pipeline.ranks import Ranks
 from shards.contract import Contract, ContractError, compare
@@ -173,8 +173,13 @@ def build_model(run: Run, start: Start, outputs: int, new: str = "") -> MCFMamba
 
 
 def build_engine(run: Run, start: Start, model: MCFMamba) -> Engine:
-    """The model under DeepSpeed, with the moments of the run's own checkpoint where it goes on."""
+    """The model under DeepSpeed, with the moments of the run's own checkpoint where it goes on.
+
+    Says on stderr in which precision the engine holds what must stay float32.
+    """
     engine = Engine(model, run.config.optim, run.config.engine, run.config.batch, run.ranks)
+    if run.ranks.rank == 0:
+        print(f"{run.config.run}: {precision_line(model.precision(), run.config.engine.precision)}", file=sys.stderr)
     if start.checkpoint and start.resumed:
         blank = {name: torch.zeros(1, bands, 32, 32) for name, bands in run.contract.channels.items()}
         engine.load(start.checkpoint.state, blank)

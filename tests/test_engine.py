@@ -16,7 +16,7 @@ from torch import nn
 from configs import ConfigError
 from launchers.local import launch
 from pipeline.config import BatchSize, EngineConfig, Optim
-from pipeline.engine import Engine, PrecisionError, deepspeed_config, guard_precision
+from pipeline.engine import Engine, PrecisionError, deepspeed_config, guard_precision, precision_line
 from pipeline.model.config import ModelConfig
 from pipeline.model.mcf_mamba import MCFMamba
 from pipeline.optim import learning_rate, parameter_groups
@@ -79,6 +79,24 @@ def test_bf16_computes_otherwise_but_keeps_every_parameter_and_moment_in_fp32(ru
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     # Values that bf16 could not hold: nothing was rounded on the way.
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in tensors.values())
+
+
+def test_a_run_says_once_in_which_precision_its_state_space_and_norms_are(runs: Path) -> None:
+    said = (runs / "logs/rank-0.log").read_text().splitlines()
+    model = MCFMamba(ModelConfig(dims=(8, 16), depths=(1, 1)), {"s1": 2, "dem": 1}, 3)
+    scans = sum(name.endswith("A_log") for name in model.precision())
+    norms = len(model.precision()) - 3 * scans
+    each = ", ".join(f"{kind} float32 ({scans})" for kind in ("A_log", "D", "dt bias"))
+    line = f"{runs / 'bf16'}: precision: {each}, norms float32 ({norms}); matrix products bf16"
+    assert said.count(line) == 1
+    assert not any("precision: " in text for text in (runs / "logs/rank-1.log").read_text().splitlines())
+
+
+def test_the_line_tells_types_apart() -> None:
+    found = {"a.ssm.A_log": torch.bfloat16, "b.ssm.A_log": torch.float32, "c.norm.weight": torch.float32}
+    assert precision_line(found, "fp32") == (
+        "precision: A_log bfloat16 (1), A_log float32 (1), norms float32 (1); matrix products fp32"
+    )
 
 
 def test_guard_names_a_parameter_that_is_not_fp32() -> None:

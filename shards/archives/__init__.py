@@ -62,4 +62,4 @@ def about(name: str) -> About:
 def _module(name: str) -> ModuleType:
     if name not in ARCHIVES:
         raise ArchiveError(f"unknown archive {name!r}; known: {', '.join(ARCHIVES)}")
-    return import_module(f"shards.archives.{name.replace('-', '_')}")
+    return import_module(f"shards.archives.{name.replace('-', '_').replace('.', '_')}")

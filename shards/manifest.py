@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from shards.contract import Contract
 from shards.order import Use, hash64
 from shards.store import Store, StoreError, open_store
+from shards.tables import read_table
 
 FORMAT_VERSION = 1
 
@@ -87,7 +88,7 @@ def select(
     store = open_store(data)
     facts = read_facts(store)
     contract = Contract.from_json(facts["contract"]).restrict(modalities)
-    rows = pq.read_table(io.BytesIO(store.get("manifest.parquet")), columns=READ)
+    rows = read_table(store.get("manifest.parquet"), READ)
     rows = rows.filter(_mask(rows, where or {}))
     if limit is not None and limit < rows.num_rows:
         chosen = np.argsort(hash64(seed, Use.LIMIT, np.arange(rows.num_rows)), kind="stable")[:limit]
@@ -118,7 +119,7 @@ def read_facts(store: Store) -> dict[str, Any]:
 
 def summary(store: Store) -> str:
     """How many samples of which split a dataset holds, in words."""
-    rows = pq.read_table(io.BytesIO(store.get("manifest.parquet")), columns=["split"])
+    rows = read_table(store.get("manifest.parquet"), ["split"])
     counts = rows["split"].value_counts().to_pylist()
     return ", ".join(f"{item['counts']} of split {item['values'] or '(none)'!r}" for item in counts) or "no samples"
 

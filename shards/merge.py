@@ -20,6 +20,7 @@ from shards.plan import BuildError, Plan, plan, shard_name
 from shards.raster_io import is_geographic
 from shards.scene import Scene
 from shards.sensors import SENSORS
+from shards.splits import assign
 from shards.statistics import BandStatistics
 from shards.statistics import merge as merge_statistics
 from shards.store import open_store
@@ -50,7 +51,8 @@ def merge(config: ShardsConfig, planned: Plan | None = None) -> str:
     facts = _facts(config, planned, records, rows)
     if rows.num_rows == 0:
         raise BuildError(f"{config.out}: no tile survived; left out: {facts['left_out']}")
-    # SPLIT
+    if config.split is not None:
+        rows, facts["split"] = assign(rows, config.split)
     identity = [FORMAT_VERSION, facts["contract"], facts["shards"], rows["split"].to_pylist()]
     facts["fingerprint"] = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     write_manifest(store, rows, facts)

@@ -16,18 +16,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 
+import shapely
+from shapely.geometry import shape
 from tqdm import tqdm
 
 from configs import to_dict
 from shards.archives import ArchiveError, open_archive
 from shards.config import ShardsConfig
+from shards.duplicates import Outline, duplicates
 from shards.grid import Grid, Window
 from shards.labels import VECTORS
-from shards.raster_io import utm_grid
+from shards.raster_io import footprint, utm_grid
 from shards.scene import Asset, LeftOut, Place, SceneError
 from shards.tile import OpenScene, open_scene, overlaps
 
@@ -160,6 +163,7 @@ def plan(config: ShardsConfig) -> Plan:
     if problems and (config.on_error == "fail" or not views):
         raise BuildError(_refusal(problems, places))
     _unique(views)
+    views = _without_duplicates(views)
     found = Plan(tuple(views), config.samples_per_shard, tuple(problems), tuple(left_out), _fingerprint(config, views))
     if not views:
         raise ArchiveError(f"{archive.root}: no place with {', '.join(config.sensors)}; left out: {found.reasons()}")
@@ -208,6 +212,24 @@ def _check(view: Place, first: OpenScene, other: OpenScene) -> None:
         )
     if not overlaps(a, b):
         raise SceneError(other.scene.path, f"does not overlap {first.scene.path} (place {view.name})")
+
+
+def _without_duplicates(views: Sequence[View]) -> list[View]:
+    """The views, each without the windows that an earlier one of the same time shows already."""
+    outlines = [Outline(_footprint(view), view.place.scenes[0].time, partial(_polygons, view)) for view in views]
+    dropped = duplicates(outlines)
+    return [replace(v, dropped=frozenset(dropped[i])) if i in dropped else v for i, v in enumerate(views)]
+
+
+def _footprint(view: View) -> shapely.Geometry | None:
+    grid, time = view.grid, view.place.scenes[0].time
+    return None if grid.crs is None or time is None else shape(footprint(grid.crs, grid.corners()))
+
+
+def _polygons(view: View) -> list[shapely.Geometry]:
+    assert view.grid.crs is not None  # a view without has no footprint, and is not asked
+    grids = (view.grid.window(view.window(number)) for number in range(view.windows))
+    return [shape(footprint(view.grid.crs, grid.corners())) for grid in grids]
 
 
 def _unique(views: Sequence[View]) -> None:

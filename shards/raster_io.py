@@ -20,8 +20,10 @@ from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.shutil import copy as rio_copy
+from shapely.geometry import mapping
 
 from shards.grid import Grid
+from shards.ground import cut
 
 Transform = tuple[float, float, float, float, float, float]
 Colormap = Mapping[int, tuple[int, int, int]]
@@ -155,8 +157,6 @@ def footprint(crs: str, corners: Sequence[tuple[float, float]]) -> dict[str, Any
     ring = [np.array(a) + steps * (np.array(b) - np.array(a)) for a, b in pairwise([*corners, corners[0]])]
     points = np.concatenate([*ring, [corners[0]]])
     lons, lats = transform_points(crs, "OGC:CRS84", points[:, 0], points[:, 1])
-    if np.ptp(lons) < 180 and np.abs(lons).max() <= 180:
+    if np.ptp(lons) < 180 and np.abs(lats).max() < 90:
         return {"type": "Polygon", "coordinates": [np.stack([lons, lats], axis=1).tolist()]}
-    polygon = {"type": "Polygon", "coordinates": [points.tolist()]}
-    out = rasterio.warp.transform_geom(CRS.from_user_input(crs), "OGC:CRS84", polygon, antimeridian_cutting=True)
-    return {"type": out["type"], "coordinates": out["coordinates"]}
+    return dict(mapping(cut(lons, lats)))

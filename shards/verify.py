@@ -9,13 +9,13 @@ from io import BytesIO
 from typing import Any
 
 import crc32c
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from shards.contract import Contract
 from shards.manifest import read_facts
 from shards.sample import decode
 from shards.store import Store, StoreError, open_store
+from shards.tables import read_table
 
 
 def verify(data: str) -> list[str]:
@@ -26,7 +26,7 @@ def verify(data: str) -> list[str]:
     """
     store = open_store(data)
     facts = read_facts(store)
-    rows = pq.read_table(BytesIO(store.get("manifest.parquet"))).to_pylist()
+    rows = read_table(store.get("manifest.parquet")).to_pylist()
     found = (
         [] if len(rows) == facts["samples"] else [f"manifest.parquet: {len(rows)} rows, {facts['samples']} promised"]
     )

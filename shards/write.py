@@ -20,6 +20,7 @@ from shapely.geometry import shape
 from shards.sample import Encoding, Sample, encode
 from shards.statistics import BandStatistics, measure, merge
 from shards.store import Store
+from shards.tables import read_table
 
 FORMAT_VERSION = 1
 
@@ -145,7 +146,7 @@ def finish_shard(record: ShardRecord, store: Store, plan: str, sensors: Iterable
 
 def read_record(store: Store, name: str) -> tuple[ShardRecord, str, pa.Table]:
     """The record of a finished shard, the plan it belongs to, and its rows as a table."""
-    table = pq.read_table(io.BytesIO(store.get(f"{name}.parquet")))
+    table = read_table(store.get(f"{name}.parquet"))
     facts = json.loads(table.schema.metadata[b"mcf_shard"])
     statistics = {sensor: BandStatistics.from_json(values) for sensor, values in facts["statistics"].items()}
     record = ShardRecord(name, [], facts["sha256"], facts["bytes"], statistics, facts["left_out"], facts["skipped"])

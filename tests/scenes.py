@@ -45,7 +45,7 @@ def write_scene(path: Path, sensor: str, size: int = 96, metres: float = 10.0, *
 
 def write_catalog(root: Path, rows: list[dict[str, str]]) -> Path:
     """catalog.csv with these rows."""
-    columns = ["place", "sensor", "href", "time", "band", "group", "split"]
+    columns = list(dict.fromkeys(["place", "sensor", "href", *(key for row in rows for key in row)]))
     with (root / "catalog.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, columns)
         table.writeheader()

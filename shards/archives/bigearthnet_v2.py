@@ -30,6 +30,7 @@ from shards.archives.bigearthnet import S1, scene
 from shards.archives.tree import base, visible
 from shards.archives.walk import nothing
 from shards.scene import LABEL, Asset, LeftOut, Place, Scene
+from shards.tables import read_table
 
 ABOUT = About(
     title="BigEarthNet v2.0 (reBEN)",
@@ -90,7 +91,7 @@ def _rows(table: Path) -> dict[str, dict[str, Any]]:
     if missing := [name for name in NEEDED if name not in there]:
         raise ArchiveError(f"{table}: columns {missing} are missing; BigEarthNet v2's metadata.parquet has {NEEDED}")
     columns = [*NEEDED, *(name for name in FACTS if name in there)]
-    return {row.pop("patch_id"): row for row in pq.read_table(table, columns=columns).to_pylist()}
+    return {row.pop("patch_id"): row for row in read_table(table, columns).to_pylist()}
 
 
 def _patches(folder: Path) -> Iterator[str]:

@@ -24,12 +24,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import pyarrow.parquet as pq
-
 from shards.archives import About, ArchiveError
 from shards.archives.rows import Row, address, assemble, band_name, mask_names, radiometry
 from shards.scene import LABEL, Asset, Place, Radiometry
 from shards.sensors import SENSORS
+from shards.tables import read_table
 
 ABOUT = About(
     title="own scenes, listed in a table", licence="", attribution="", source="the catalog given as archive.root"
@@ -67,7 +66,7 @@ def _find(root: Path) -> Path:
 
 def _read(table: Path) -> list[dict[str, str]]:
     if table.suffix == ".parquet":
-        raw: list[dict[str, Any]] = pq.read_table(table).to_pylist()
+        raw: list[dict[str, Any]] = read_table(table).to_pylist()
     else:
         with table.open(newline="", encoding="utf-8-sig") as file:
             raw = list(csv.DictReader(file))

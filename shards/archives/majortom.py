@@ -31,6 +31,7 @@ from shards.archives.tree import placed, visible
 from shards.archives.walk import nothing
 from shards.scene import Asset, CloudMask, LeftOut, Place, Radiometry, Scene
 from shards.sensors import SENSORS
+from shards.tables import read_table
 
 MASK = "Cloud by SEnSeI, whose codes 1 and 2 are taken for thick and thin cloud (0 clear, 3 shadow)"
 ABOUT = About(
@@ -114,7 +115,7 @@ def _table(source: Path) -> Iterator[LeftOut | tuple[str, Product]]:
         raise ArchiveError(f"{source / METADATA}: lacks the columns {sorted(missing)}; load it again")
     parts = {path.name: path for path in visible(source / IMAGES)}
     columns = [name for name in ("grid_cell", "product_id", "parquet_url", "parquet_row") if name in names]
-    rows = pq.read_table(source / METADATA, columns=columns).to_pydict()
+    rows = read_table(source / METADATA, columns).to_pydict()
     products = rows.get("product_id") or [source.name] * len(rows["grid_cell"])  # elevation has none
     held: dict[str, frozenset[str]] = {}
     for cell, product, url, row in zip(

@@ -23,6 +23,7 @@ from shards.archives.tree import base
 from shards.archives.walk import nothing
 from shards.archives.zarr_groups import END, Told, moment, tar_places
 from shards.scene import LeftOut, Place
+from shards.tables import read_table
 
 ABOUT = About(
     title="TerraMesh",
@@ -77,7 +78,7 @@ def _table(path: Path) -> Mapping[str, Mapping[str, Told]]:
     columns = ["tar", "zarr", "sample_id", "S1_time", "S2_time"]
     if missing := set(columns) - set(pq.read_schema(path).names):
         raise ArchiveError(f"{path}: lacks the columns {sorted(missing)}; load it again, or remove it to do without")
-    return _Table(pq.read_table(path, columns=columns))
+    return _Table(read_table(path, columns))
 
 
 class _Table(Mapping[str, Mapping[str, Told]]):

@@ -35,7 +35,7 @@ def assemble(rows: Iterable[Row]) -> Iterator[Place]:
     """Places in the order in which the rows first name them; rows of one place, sensor and time are one scene.
 
     Raises:
-        ArchiveError: a cloud mask without its image, or two for one scene.
+        ArchiveError: a cloud mask without its image, or two files of one band or mask for one scene.
     """
     by_place: dict[str, list[Row]] = {}
     for row in rows:
@@ -57,6 +57,10 @@ def _scenes(place: str, rows: list[Row]) -> Iterator[Scene]:
             masks[key] = CloudMask(replace(row.asset, bands=(), radiometry=Radiometry()), MASKS[row.asset.bands[0]])
         else:
             images.setdefault(key, []).append(row.asset)
+    for (sensor, time), assets in images.items():
+        names = [band for asset in assets for band in asset.bands if band]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ArchiveError(f"place {place}: several files of {', '.join(twice)} for {_called(sensor, time)}")
     if lonely := [key for key in masks if key not in images]:
         raise ArchiveError(
             f"place {place}: a cloud mask but no image for {_called(*lonely[0])}; "

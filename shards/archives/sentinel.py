@@ -41,7 +41,6 @@ LAYOUT = (
     "S2B_MSIL2A_20230823T095559_N0509_R122_T34UCF_20230823T124759.SAFE/MTD_MSIL2A.xml, the same in a .zip, "
     "or S1A_IW_20181102T155531_DVP_RTC30_G_gpuned_5685/..._VV.tif with ..._VH.tif"
 )
-OLDER = "another processing of an acquisition whose newest is used"
 UNKNOWN_ZIP = "a zip without a Sentinel-2 product"
 ZIPPED_RADAR = "Sentinel-1 in a zip: unpack it"
 DIMAP = "BEAM-DIMAP of SNAP: write it as GeoTIFF"
@@ -111,7 +110,7 @@ def _is_product(found: _Found, folder: Path, names: Sequence[str]) -> bool:
         found.products.append(in_folder(folder))
     elif s1.RAW_PRODUCT.fullmatch(folder.name):
         found.leave(folder, s1.STEPS)
-    elif folder.suffix == ".SAFE" and folder.name.startswith("S2") and folder.name not in names:
+    elif folder.suffix == ".SAFE" and folder.name[:2] == "S2" and not any(name.endswith(".SAFE") for name in names):
         found.products.append(in_folder(folder))  # whose missing metadata will be told
     elif folder.suffix == ".data" and folder.with_suffix(".dim").exists():
         found.leave(folder, DIMAP)
@@ -154,7 +153,7 @@ def _granules(found: _Found) -> tuple[list[s2.Granule], list[LeftOut]]:
             detail = f" ({error.detail})" if error.detail else ""
             left_out.append(LeftOut(f"{product.name}{detail}", error.reason))
     kept, older = s2.newest(granules)
-    return kept, left_out + [LeftOut(f"{granule.product} ({granule.tile})", OLDER) for granule in older]
+    return kept, left_out + [LeftOut(f"{granule.product} ({granule.tile})", s2.OLDER) for granule in older]
 
 
 def _tiles(granules: Sequence[s2.Granule], radars: Sequence[s1.Radar]) -> Iterator[Place]:

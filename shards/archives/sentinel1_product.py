@@ -51,6 +51,8 @@ INTEGERS = (
 PARTIAL = "Sentinel-1 without both VV and VH"
 OTHER = "no VV or VH in its name, so not taken for Sentinel-1"
 
+NAME_LENGTH = 64  # of a place; with sensor and window it has to fit the 100 characters that a tar has for a name
+
 # Names of Level-1 and Level-0 products, and of the images inside them.
 RAW_PRODUCT = re.compile(r"(?i)S1[A-D]_\w\w_(GRD|SLC|RAW|OCN)[FHM_]_\w+\.SAFE")
 RAW_IMAGE = re.compile(r"(?i)s1[a-d]-\w{2,3}-(grd|slc)-(vv|vh|hh|hv)-.*\.tiff?")
@@ -209,7 +211,8 @@ def _time(names: Sequence[str]) -> datetime:
 
 
 def _product(name: str) -> str:
-    """What to call a product by its first file: the file's name without the polarisation, or its whole path."""
+    """What to call a product by its first file: the file or the nearest folder that is named after a day."""
     path = PurePosixPath(name).with_suffix("")
     own = _POLARISATION.sub("", path.name).strip("_-. ")
-    return own if re.search(r"\d{8}T\d{6}", own) else "-".join([*path.parent.parts, own])
+    named = (text for text in (own, *reversed(path.parent.parts)) if re.search(r"(?<!\d)20\d{6}(?!\d)", text))
+    return next(named, own)[:NAME_LENGTH]

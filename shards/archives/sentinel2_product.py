@@ -33,6 +33,7 @@ _IMAGES = ("IMAGE_FILE", "IMAGE_ID", "IMAGE_FILE_2A", "IMAGE_ID_2A")
 _BAND = re.compile(r"_(B\d\d|B8A|SCL)(?:_L2A\w*?)?(?:_(10|20|60)m)?$")
 _SENSORS = {"Level-1C": "s2-l1c", "Level-2A": "s2-l2a", "Level-2Ap": "s2-l2a"}
 NO_MASK = "none"
+OLDER = "another processing of an acquisition whose newest is used"
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,9 @@ def test_old_products_with_many_tiles(tmp_path: Path) -> None:
     places, left_out = found(tmp_path)
     assert list(places) == ["T32TQR", "T32TQS"] and left_out == []
     assert all(tile[1:] in asset.path for tile in places for asset in places[tile].scenes[0].assets)
+    (folder / f"{one.image('B8', 10)}.jp2").unlink()
+    places, left_out = found(tmp_path)
+    assert list(places) == ["T32TQS"] and "T32TQR" in left_out[0].name
 
 
 def test_of_several_processings_the_newest_is_used(tmp_path: Path) -> None:
@@ -207,6 +210,9 @@ def break_product(folder: Path, product: Safe, fault: str) -> None:
         band.unlink()
     elif fault == "truncated band":
         band.write_bytes(band.read_bytes()[:-100])
+    elif fault == "truncated mask":
+        mask = folder / product.granule / "QI_DATA/MSK_CLASSI_B00.jp2"
+        mask.write_bytes(mask.read_bytes()[:-10])
     elif fault == "empty band without manifest":
         band.write_bytes(b"")
         (folder / "manifest.safe").unlink()
@@ -228,6 +234,7 @@ FAULTS = {
     "no metadata": "no metadata (MTD_MSIL1C.xml or MTD_MSIL2A.xml); download the product again",
     "missing band": "incomplete, bands are missing; download it again",
     "truncated band": "truncated files; download it again",
+    "truncated mask": "truncated files; download it again",
     "empty band without manifest": "truncated files; download it again",
     "document type": "metadata that cannot be read; download the product again",
     "truncated metadata": "metadata that cannot be read; download the product again",
@@ -243,7 +250,7 @@ FAULTS = {
 def test_unusable_products_are_named_with_the_reason(tmp_path: Path, fault: str, packed: bool) -> None:
     good, bad = fresh(NEW, tile="34UDF"), fresh(NEW)
     good.write(tmp_path)
-    folder = bad.write(tmp_path)
+    folder = bad.write(tmp_path, mask=np.zeros((3, 16, 16)))
     break_product(folder, bad, fault)
     if packed:
         zipped(folder)
@@ -282,8 +289,9 @@ def test_junk_and_wrapped_folders(tmp_path: Path) -> None:
         (tmp_path / junk).write_text("junk")
     (tmp_path / "bands").mkdir()
     (tmp_path / "bands/T34UCF_20230823T095559_B02.jp2").write_bytes(b"")
+    os.symlink(fresh(NEW, tile="34UDF").write(tmp_path / ".elsewhere"), tmp_path / "link.SAFE")
     places, left_out = found(tmp_path)
-    assert list(places) == ["T34UCF"]
+    assert list(places) == ["T34UCF", "T34UDF"]
     assert [(item.name, item.reason[:19]) for item in left_out] == [("bands", "bands of Sentinel-2")]
 
 

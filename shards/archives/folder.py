@@ -8,7 +8,6 @@ and CLOUD for cloud masks. Numbers mean what they mean in a catalog without scal
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from string import Formatter
 
 from shards.archives import About, ArchiveError
 from shards.archives.rows import MASKS, Row, assemble, band_name, radiometry
+from shards.archives.walk import files, is_junk
 from shards.scene import LABEL, Asset, LeftOut, Place
 from shards.sensors import SENSORS
 
@@ -47,9 +47,8 @@ def places(root: str, pattern: str) -> Iterator[Place | LeftOut]:
     """
     expression = compiled(pattern)
     base = Path(root)
-    if not base.is_dir():
-        raise ArchiveError(f"{root}: no such folder")
-    names = sorted(_files(base))
+    names = sorted(path.relative_to(base).as_posix() for path in files(root, "") if not is_junk(path))
+    names = [name for name in names if not name.startswith(".") and "/." not in name]
     found = {name: match for name in names if (match := expression.fullmatch(name))}
     if not found:
         seen = ", ".join([name for name in names if name.lower().endswith(RASTERS)][:3]) or "no raster at all"
@@ -85,14 +84,6 @@ def compiled(pattern: str) -> re.Pattern[str]:
             expression += f"(?P={field})" if field in seen else f"(?P<{field}>{_FIELDS[field]})"
             seen.add(field)
     return re.compile(expression)
-
-
-def _files(base: Path) -> Iterator[str]:
-    """Paths below the folder, without hidden files and folders and what macOS leaves in archives."""
-    for folder, folders, files in os.walk(base):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
-        inside = Path(folder).relative_to(base)
-        yield from ((inside / name).as_posix() for name in files if not name.startswith("."))
 
 
 def _row(base: Path, name: str, match: re.Match[str]) -> Row:

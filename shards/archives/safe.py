@@ -6,8 +6,9 @@ import os
 import xml.etree.ElementTree as ET
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 XML_LIMIT = 64 << 20  # bytes; the largest metadata, of a product with many granules, have a few million
@@ -68,10 +69,13 @@ class Product:
         except (OSError, ValueError, RuntimeError, EOFError, ET.ParseError, zipfile.BadZipFile, zlib.error) as error:
             raise ProductError("metadata that cannot be read; download the product again", f"{file}, {error}") from None
 
-    def truncated(self, files: Iterator[str]) -> list[str]:
+    def truncated(self, files: Iterable[str]) -> list[str]:
         """Those of the files that are empty, or smaller than the product's manifest says."""
-        told = _manifest_sizes(self.xml("manifest.safe")) if "manifest.safe" in self.sizes else {}
-        return [file for file in files if self.sizes[file] < max(told.get(file, 0), 1)]
+        return [file for file in files if self.sizes[file] < max(self._told.get(file, 0), 1)]
+
+    @cached_property
+    def _told(self) -> dict[str, int]:
+        return _manifest_sizes(self.xml("manifest.safe")) if "manifest.safe" in self.sizes else {}
 
 
 class _Plain(ET.TreeBuilder):
@@ -106,7 +110,7 @@ def _manifest_sizes(manifest: ET.Element) -> dict[str, int]:
 def in_folder(folder: Path) -> Product:
     """The product whose metadata lie in `folder`."""
     sizes = {}
-    for here, folders, files in os.walk(folder):
+    for here, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
         for name in files:
             path = Path(here, name)

@@ -1,6 +1,7 @@
 """Raw scenes: a folder of Sentinel-2 products as downloaded, and of calibrated Sentinel-1 images on a map grid.
 
-Sentinel-2: .SAFE folders and zips of them, Level-1C and Level-2A (`sentinel2_product`); a tile of the Military Grid
+Sentinel-2: .SAFE folders and zips of them, Level-1C and Level-2A (`sentinel2_product`). A zip is read in place; as its
+files are packed, tiles take longer than from a folder. A tile of the Military Grid
 Reference System is a place, and every acquisition of it a scene; of several processings of one acquisition the newest
 is used. Sentinel-1: GeoTIFFs (`sentinel1_product`), which belong to every tile that they overlap; without any
 Sentinel-2 product each is a place of its own.
@@ -90,7 +91,7 @@ def _search(root: Path) -> _Found:
     if not root.is_dir():
         raise ArchiveError(f"{root}: no such folder; expected one with {LAYOUT}")
     found = _Found(root)
-    for name, folders, files in os.walk(root):
+    for name, folders, files in os.walk(root, followlinks=True):
         folder = Path(name)
         folders[:] = sorted(n for n in folders if not n.startswith(".") and n != "__MACOSX")
         if _is_product(found, folder, [*folders, *files]):
@@ -147,11 +148,12 @@ def _granules(found: _Found) -> tuple[list[s2.Granule], list[LeftOut]]:
     granules: list[s2.Granule] = []
     left_out: list[LeftOut] = []
     for product in found.products:
-        try:
-            granules += s2.granules(product)
-        except ProductError as error:
-            detail = f" ({error.detail})" if error.detail else ""
-            left_out.append(LeftOut(f"{product.name}{detail}", error.reason))
+        for granule in s2.granules(product):
+            if isinstance(granule, s2.Granule):
+                granules.append(granule)
+            else:
+                detail = f" ({granule.detail})" if granule.detail else ""
+                left_out.append(LeftOut(f"{product.name}{detail}", granule.reason))
     kept, older = s2.newest(granules)
     return kept, left_out + [LeftOut(f"{granule.product} ({granule.tile})", s2.OLDER) for granule in older]
 

@@ -32,7 +32,7 @@ _TILE_METADATA = re.compile(r"(?i)MTD_TL\.xml|S2[A-D]_(OPER|USER)_MTD_L(1C|2A)_T
 _IMAGES = ("IMAGE_FILE", "IMAGE_ID", "IMAGE_FILE_2A", "IMAGE_ID_2A")
 _BAND = re.compile(r"_(B\d\d|B8A|SCL)(?:_L2A\w*?)?(?:_(10|20|60)m)?$")
 _SENSORS = {"Level-1C": "s2-l1c", "Level-2A": "s2-l2a", "Level-2Ap": "s2-l2a"}
-NO_MASK = "none"
+NO_MASK, CLASSES = "none", "MSK_CLASSI opaque clouds"
 OLDER = "another processing of an acquisition whose newest is used"
 
 
@@ -62,11 +62,23 @@ def metadata_file(product: Product) -> str | None:
     return next((name for name in sorted(product.sizes) if METADATA.fullmatch(name)), None)
 
 
-def granules(product: Product) -> Iterator[Granule]:
-    """The tiles of a product; products of 2015 and 2016 have many.
+def granules(product: Product) -> Iterator[Granule | ProductError]:
+    """The tiles of a product; products of 2015 and 2016 have many. In place of what cannot be used comes the error."""
+    try:
+        for tile, root, numbers in _described(product):
+            try:
+                yield _granule(product, root, tile, numbers)
+            except ProductError as error:
+                yield error
+    except ProductError as error:
+        yield error
+
+
+def _described(product: Product) -> Iterator[tuple[_Tile, ET.Element, Mapping[str, Radiometry]]]:
+    """The tiles that the metadata name, with the metadata and what the bands' numbers mean.
 
     Raises:
-        ProductError: it is incomplete or truncated, or its metadata cannot be understood.
+        ProductError: there are no metadata, or they cannot be understood.
     """
     file = metadata_file(product)
     if file is None:
@@ -77,7 +89,7 @@ def granules(product: Product) -> Iterator[Granule]:
         raise ProductError("of another level than 1C and 2A", _text(root, "PROCESSING_LEVEL"))
     numbers = _radiometry(root, sensor)
     for granule, (strip, images) in sorted(_granules(root).items()):
-        yield _granule(product, root, _Tile(granule, strip, sensor, tuple(images)), numbers)
+        yield _Tile(granule, strip, sensor, tuple(images)), root, numbers
 
 
 @dataclass(frozen=True)
@@ -97,9 +109,9 @@ def _granule(product: Product, root: ET.Element, tile: _Tile, numbers: Mapping[s
     files = _files(product, tile)
     if missing := [band for band in SENSORS[tile.sensor].band_names if band not in files]:
         raise ProductError("incomplete, bands are missing; download it again", f"{tile.granule} has no {missing}")
-    if short := product.truncated(iter(files.values())):
-        raise ProductError("truncated files; download it again", ", ".join(short))
     mask, said = _mask(product, tile.sensor, files)
+    if short := product.truncated([*files.values(), *([_classes(files)] if said == CLASSES else [])]):
+        raise ProductError("truncated files; download it again", ", ".join(short))
     assets = tuple(
         Asset(product.address(files[band]), (band,), radiometry=numbers[band])
         for band in SENSORS[tile.sensor].band_names
@@ -173,11 +185,14 @@ def _mask(product: Product, sensor: str, files: Mapping[str, str]) -> tuple[Clou
         if "SCL" not in files:
             return None, NO_MASK
         return CloudMask(Asset(product.address(files["SCL"])), MASKS["SCL"]), "SCL codes 8, 9 and 10"
-    folder = PurePosixPath(files["B2"]).parents[1]
-    file = str(folder / "QI_DATA" / "MSK_CLASSI_B00.jp2")
-    if file not in product.sizes:
+    if _classes(files) not in product.sizes:
         return None, NO_MASK
-    return CloudMask(Asset(product.address(file), ("CLOUD", "", ""))), "MSK_CLASSI opaque clouds"
+    return CloudMask(Asset(product.address(_classes(files)), ("CLOUD", "", ""))), CLASSES
+
+
+def _classes(files: Mapping[str, str]) -> str:
+    """Where the classification mask of Level-1C lies since baseline 04.00."""
+    return str(PurePosixPath(files["B2"]).parents[1] / "QI_DATA" / "MSK_CLASSI_B00.jp2")
 
 
 def _time(product: Product, root: ET.Element, file: str) -> datetime:

@@ -198,10 +198,10 @@ def _show_dataset(data: str) -> int:
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    from shards.verify import verify
+    from shards.verify import registration, verify
 
     found = verify(parsed.data)
-    print("\n".join(found) if found else f"{parsed.data}: sound")
+    print("\n".join([*(found or [f"{parsed.data}: sound"]), *registration(parsed.data)]))
     return 1 if found else 0
 
 

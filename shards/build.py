@@ -28,6 +28,7 @@ from shards.merge import merge
 from shards.plan import BuildError, Item, Plan, View, plan, shard_name
 from shards.plausible import Looks
 from shards.raster_io import footprint
+from shards.register import shift, stand_ins
 from shards.sample import Sample, Tile
 from shards.scene import LABEL, SceneError
 from shards.store import Store, open_store
@@ -189,7 +190,7 @@ def _block_samples(
         facts["cloud"] = _cloud(tiles, {name: cloud[cut] for name, cloud in clouds.items()})
         reason = _too_poor(config, tiles, facts["cloud"])
         if not reason:
-            facts["shift"] = {}
+            facts["shift"] = _shifts(tiles)
             reason = _too_far(config, facts["shift"])
         if reason:
             left_out[reason] += 1
@@ -218,10 +219,20 @@ def _too_poor(config: ShardsConfig, tiles: Mapping[str, Tile], cloud: float | No
     return ""
 
 
-def _too_far(config: ShardsConfig, found: Mapping[str, Sequence[float]]) -> str:
+def _shifts(tiles: Mapping[str, Tile]) -> dict[str, list[float] | None]:
+    """By how many (rows, columns) each modality lies off the first; None where that cannot be told."""
+    first, *others = tiles
+    found: dict[str, list[float] | None] = {}
+    for name in others:
+        seen = shift(tiles[first], tiles[name], stand_ins(first), stand_ins(name))
+        found[name] = None if seen is None else [round(seen.rows, 2), round(seen.cols, 2)]
+    return found
+
+
+def _too_far(config: ShardsConfig, found: Mapping[str, Sequence[float] | None]) -> str:
     limit = config.tile.max_shift
-    for name, (rows, cols) in found.items():
-        if limit is not None and np.hypot(rows, cols) > limit:
+    for name, off in found.items():
+        if limit is not None and off is not None and np.hypot(*off) > limit:
             return f"{name} lies more than {limit:g} px off"
     return ""
 

@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
 
+# Facts of a sample that only the manifest holds: they may be found anew without touching the shards.
+ONLY_IN_MANIFEST = ("shift", "split")
+
 Encoding = Literal["blosc2-zstd", "blosc2-lz4", "npy"]
 
 _CODECS = {"blosc2-zstd": blosc2.Codec.ZSTD, "blosc2-lz4": blosc2.Codec.LZ4}
@@ -112,6 +115,7 @@ def encode(sample: Sample, encoding: Encoding) -> dict[str, bytes]:
         members[f"{sample.key}.instances.{ext}"] = encode_array(sample.instances, encoding)
     times = {name: tile.time.isoformat() for name, tile in sample.tiles.items() if tile.time is not None}
     facts = {"format_version": FORMAT_VERSION, "key": sample.key, "times": times, **sample.meta}
+    facts = {name: value for name, value in facts.items() if name not in ONLY_IN_MANIFEST}
     members[f"{sample.key}.json"] = json.dumps(facts, sort_keys=True).encode()
     return members
 

@@ -9,6 +9,7 @@ from io import BytesIO
 from typing import Any
 
 import crc32c
+import numpy as np
 from tqdm import tqdm
 
 from shards.contract import Contract
@@ -37,6 +38,29 @@ def verify(data: str) -> list[str]:
         mine = [row for row in rows if row["shard"] == f"{name}.tar"]
         found += _verify_shard(store, f"{name}.tar", shard["sha256"], mine, contract)
     return found
+
+
+def registration(data: str) -> list[str]:
+    """How far the modalities of a dataset lie off the first one, a line each, from the manifest's column `shift`."""
+    store = open_store(data)
+    first, *others = Contract.from_json(read_facts(store)["contract"]).sensors
+    shifts = read_table(store.get("manifest.parquet"), ["shift"])["shift"].to_pylist()
+    return [
+        _distribution(first, name, [row[name] for row in shifts if row and row[name]], len(shifts)) for name in others
+    ]
+
+
+def _distribution(first: str, name: str, found: list[list[float]], samples: int) -> str:
+    title = f"{name} against {first}: shift measured in {len(found)} of {samples} samples"
+    if not found:
+        return title
+    shifts = np.asarray(found, np.float64)
+    lengths = np.hypot(*shifts.T)
+    median, most = np.percentile(lengths, [50, 90])
+    rows, cols = np.median(shifts, axis=0)
+    over = ", ".join(f"{(lengths > limit).sum()} over {limit} px" for limit in (1, 2, 4))
+    whole = f"on the whole {rows:+.2f} rows, {cols:+.2f} columns"
+    return f"{title}; median {median:.2f} px, 90 % within {most:.2f} px; {over}; {whole}"
 
 
 def _verify_shard(

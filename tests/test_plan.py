@@ -16,7 +16,8 @@ from shards.plausible import Looks
 from shards.sample import Tile
 from shards.scene import SceneError
 from shards.stream import Share, Stream
-from shards.verify import verify
+from shards.tables import read_table
+from shards.verify import registration, verify
 from tests.scenes import ORIGIN, make_archive, north_up, shards_config, write_catalog, write_scene
 
 ROWS = [{"place": "p", "sensor": sensor, "href": f"{sensor}.tif"} for sensor in ("s2-l2a", "s1")]
@@ -163,3 +164,26 @@ def test_the_contract_says_where_data_come_from_and_what_was_done(tmp_path: Path
     assert (archive["licence"], archive["attribution"]) == ("CC-BY-4.0", "Somebody")
     sample = next(iter(Stream(select(str(tmp_path / "data")), 0, 1, Share(1))))[0]
     assert sample.tiles["s1"].values == pytest.approx(10 * np.log10(0.02), abs=1e-4)
+
+
+def test_planted_shifts_are_measured_reported_and_filtered(tmp_path: Path) -> None:
+    """One scene shows edges at random places; in the second place radar lies 3 rows down and 2 columns left of them."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for place, (down, right) in {"right": (0, 0), "off": (3, -2)}.items():
+        fields = np.kron(rng.integers(0, 2, (24, 24)), np.ones((8, 8))).astype(np.float32)
+        optical = np.broadcast_to(800 + 2000 * fields, (12, 192, 192)).astype(np.uint16)
+        radar = np.broadcast_to(np.roll(-8 - 8 * fields, (down, right), (0, 1)), (2, 192, 192)).astype(np.float32)
+        write_scene(tmp_path / f"{place}/s2.tif", "s2-l2a", values=optical)
+        write_scene(tmp_path / f"{place}/s1.tif", "s1", values=radar + rng.normal(0, 1, radar.shape).astype(np.float32))
+        rows += [{"place": place, "sensor": s, "href": f"{place}/{s[:2]}.tif"} for s in ("s2-l2a", "s1")]
+    write_catalog(tmp_path, rows)
+    build(config(tmp_path, "tile.size=96"))
+    table = select(str(tmp_path / "data")).store.get("manifest.parquet")
+    for row in read_table(table).to_pylist():
+        assert row["shift"]["s1"] == pytest.approx((3, -2) if row["key"].startswith("off") else (0, 0), abs=0.2)
+    (line,) = registration(str(tmp_path / "data"))
+    assert "s1 against s2-l2a: shift measured in 8 of 8 samples" in line and "4 over 2 px, 0 over 4 px" in line
+    build(shards_config(tmp_path, tmp_path / "near", "label=null", "tile.size=96", "tile.max_shift=2"))
+    left_out = json.loads((tmp_path / "near/dataset.json").read_text())["left_out"]
+    assert left_out == {"s1 lies more than 2 px off": 4}

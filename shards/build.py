@@ -8,6 +8,7 @@ shard: what a killed builder leaves behind is at most a tar without record, whic
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -232,7 +233,7 @@ def _shifts(tiles: Mapping[str, Tile]) -> dict[str, list[float] | None]:
 def _too_far(config: ShardsConfig, found: Mapping[str, Sequence[float] | None]) -> str:
     limit = config.tile.max_shift
     for name, off in found.items():
-        if limit is not None and off is not None and np.hypot(*off) > limit:
+        if limit is not None and off is not None and math.hypot(*off) > limit:
             return f"{name} lies more than {limit:g} px off"
     return ""
 

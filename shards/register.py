@@ -28,7 +28,7 @@ POOLING = 1.1  # pixels, standard deviation of the Gaussian over the scores: edg
 PEAK = 5  # pixels around the best score that belong to it
 MIN_PIXELS = 1024  # that vote in both tiles
 MIN_CONFIDENCE = 2.0
-MAX_ERROR = 0.5
+MAX_ERROR = 0.75
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -44,7 +44,8 @@ class Shift:
     Args:
         rows: pixels, within 12.
         cols: pixels, within 12.
-        error: expected error in pixels, one standard deviation in the direction that is known least; at most 0.5.
+        error: expected error in pixels, one standard deviation in the direction that is known least; at most
+            0.75.
         confidence: how far the best score stands above every score elsewhere, in standard deviations of those; 2 or
             more.
     """
@@ -90,21 +91,19 @@ def shift(
     if np.count_nonzero(votes_a & votes_b) < MIN_PIXELS or not a.any() or not b.any():
         return None
     # Noise in the sums grows with the square root of the votes: so divided, it is alike for all shifts.
-    return _peak(_blur(_correlate(a, b), POOLING) / np.sqrt(_overlaps(votes_a, votes_b)))
+    return _peak(_blur(_correlate(a, b), POOLING) / _overlaps(votes_a, votes_b) ** 0.5)
 
 
 def _edges(tile: Tile, bands: Sequence[int]) -> tuple[Floats, Bools]:
     """Squared normalised gradients [2, H - 2, W - 2] (real and imaginary part) and which pixels vote [H - 2, W - 2]."""
     values = tile.values[list(bands)] if bands else tile.values
-    image = values.mean(axis=0, dtype=np.float32)  # [H, W]
-    votes = np.ones((image.shape[0] - 2, image.shape[1] - 2), np.bool_)
-    if tile.valid.all():
-        smooth = _blur(image, SMOOTHING)
-    else:
+    image: Floats = np.where(tile.valid, values.mean(axis=0, dtype=np.float32), np.float32(0))  # [H, W]
+    smooth, covered = _blur(image, SMOOTHING), tile.valid
+    if not tile.valid.all():
         weight = _blur(tile.valid.astype(np.float32), SMOOTHING)
-        smooth = _blur(np.where(tile.valid, image, np.float32(0)), SMOOTHING) / np.maximum(weight, np.float32(1e-3))
+        smooth /= np.maximum(weight, np.float32(1e-3))
         covered = weight > COVER
-        votes = covered[1:-1, 2:] & covered[1:-1, :-2] & covered[2:, 1:-1] & covered[:-2, 1:-1]
+    votes = covered[1:-1, 2:] & covered[1:-1, :-2] & covered[2:, 1:-1] & covered[:-2, 1:-1]
     x = (smooth[1:-1, 2:] - smooth[1:-1, :-2]) * votes
     y = (smooth[2:, 1:-1] - smooth[:-2, 1:-1]) * votes
     strength = x * x + y * y
@@ -140,7 +139,7 @@ def _correlate(a: Floats, b: Floats) -> Floats:
 
 
 def _overlaps(a: Bools, b: Bools) -> Floats:
-    """How many pixels vote in both, for the shifts of `_correlate`; at least 1.
+    """How many pixels vote in both, for the shifts of `_correlate`, of the same shape; at least 1.
 
     Counted for nine shifts and interpolated between them, which is exact where all pixels vote.
     """
@@ -168,7 +167,7 @@ def _peak(scores: Floats) -> Shift | None:
         return None
     rows, cols = np.ogrid[: scores.shape[0], : scores.shape[1]]
     away = (rows - row) ** 2 + (cols - col) ** 2 > PEAK**2
-    noise, slopes = float(scores[away].std()), np.stack(np.gradient(scores))[:, away]
+    noise, slopes = float(scores[away].std()), np.array(np.gradient(scores))[:, away]
     slope, curvature = _derivatives(scores[row - 1 : row + 2, col - 1 : col + 2].astype(np.float64))
     flattest = -float(np.linalg.eigvalsh(curvature).max())
     if noise <= 0 or flattest <= 0:

@@ -104,7 +104,7 @@ def _of_integers(pixels: NDArray[Any], clip: tuple[float, float]) -> tuple[float
     mean = float(counts @ values) / len(pixels)
     there = np.flatnonzero(counts)
     bins = np.minimum((values - low) * (BINS / (high - low)), BINS - 1).astype(np.intp)
-    histogram = np.bincount(bins, counts, BINS)
+    histogram = np.bincount(bins, counts, BINS).astype(np.float64)
     return mean, float(counts @ (values - mean) ** 2), float(values[there[0]]), float(values[there[-1]]), histogram
 
 

@@ -137,18 +137,14 @@ def read_tile(opened: OpenScene, grid: Grid) -> Tile:
     Raises:
         SceneError: the file is damaged.
     """
-    values, valid = None, None
-    for file in opened.files:
-        part, seen = _read(opened.row, file, grid)
-        part = to_unit(part, file.asset.radiometry)
-        if file.bands == opened.bands and part.dtype == opened.dtype:
-            values, valid = part, seen  # one file holds everything: no copy
-            break
-        if values is None:
-            values, valid = np.zeros((len(opened.bands), *seen.shape), opened.dtype), seen
-        values[[opened.bands.index(name) for name in file.bands]] = part
-        valid = valid & seen
-    assert values is not None and valid is not None  # a scene has files
+    parts = [(file, *_read(opened.row, file, grid)) for file in opened.files]
+    valid = np.logical_and.reduce([seen for _, _, seen in parts])
+    if len(parts) == 1 and parts[0][0].bands == opened.bands:
+        values = to_unit(parts[0][1], parts[0][0].asset.radiometry)  # one file holds everything: no copy
+    else:
+        values = np.zeros((len(opened.bands), *valid.shape), opened.dtype)
+        for file, part, _ in parts:
+            values[[opened.bands.index(name) for name in file.bands]] = to_unit(part, file.asset.radiometry)
     if not valid.all():
         values[:, ~valid] = 0
     return Tile(values, valid, opened.scene.time)
@@ -193,7 +189,7 @@ def _read(row: Sensor, file: OpenFile, grid: Grid) -> tuple[NDArray[Any], NDArra
     if window is not None:
         return _read_window(row, file, window)
     span = _span(grid, file.grid)
-    under = span and _window_under(span, grid, file.grid)
+    under = _window_under(span, grid, file.grid) if span else None
     if span is None or under is None:
         shape = (grid.height, grid.width)
         return np.zeros((len(file.indexes), *shape), file.raster.dtype), np.zeros(shape, np.bool_)

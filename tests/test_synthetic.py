@@ -75,7 +75,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 def test_catalog_names_every_scene_of_every_place(archive: Path) -> None:
     rows = catalog(archive)
-    assert list(rows[0]) == ["place", "sensor", "href", "time", "group", "split", "offset"]
+    assert list(rows[0]) == ["place", "sensor", "href", "time", "offset", "group", "split"]
     splits = {row["place"]: row["split"] for row in rows}
     assert len(splits) == PLACES + 1
     assert {split: list(splits.values()).count(split) for split in splits.values()} == {

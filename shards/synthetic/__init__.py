@@ -71,14 +71,14 @@ def _catalog(sites: Sequence[tuple[Site, str]]) -> str:
     """The catalog as CSV text: one row per scene; elevation and label have no time."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["place", "sensor", "href", "time", "group", "split", "offset"])
+    rows.writerow(["place", "sensor", "href", "time", "offset", "group", "split"])
     for place, split in sites:
         later = timedelta(days=int(place.random(6).integers(0, 4)), hours=6)
         times = {"s2-l1c": place.time.isoformat(), "s1": (place.time + later).isoformat()}
         for sensor in INSTRUMENTS:
             href = f"{place.name}/{sensor}.tif"
             offset = "0" if sensor == "s2-l1c" else ""  # reflectance as it is, whatever the date
-            rows.writerow([place.name, sensor, href, times.get(sensor, ""), place.region.name, split, offset])
+            rows.writerow([place.name, sensor, href, times.get(sensor, ""), offset, place.region.name, split])
     return text.getvalue()
 
 
@@ -111,7 +111,7 @@ def make_archive(
 
     Returns:
         The path of `catalog.csv`: columns place, sensor, href (relative), time (ISO 8601, empty for elevation
-        and label), group (the UTM zone), split (train, val, test or predict), offset (0: reflectance as it is).
+        and label), offset (0: reflectance as it is), group (the UTM zone), split (train, val, test or predict).
 
     Raises:
         ValueError: `places` or `size` out of range, or `root` holds an archive made with other arguments.

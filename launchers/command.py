@@ -16,7 +16,11 @@ STAGES = {
     "finetune": "train for land cover, from a checkpoint or from scratch",
     "evaluate": "metrics of a finetuned checkpoint on labelled samples",
 }
-SHARDS_CONFIG = {"build": "tile an archive into shards", "merge": "join a build made in parts"}
+SHARDS_CONFIG = {
+    "build": "tile an archive into shards",
+    "merge": "join a build made in parts",
+    "index": "a manifest over an archive of tars, which stay as they are",
+}
 SHARDS_DATA = {
     "verify": "check hashes, keys, checksums and contents",
     "stats": "print the statistics of every band",
@@ -89,7 +93,7 @@ def _add_shards(commands: Any) -> None:
     for name, text in SHARDS_CONFIG.items():
         verb = verbs.add_parser(name, help=text, formatter_class=Help, add_help=False)
         _add_config(verb, "shards")
-        verb.set_defaults(run=_build if name == "build" else _merge)
+        verb.set_defaults(run={"build": _build, "merge": _merge, "index": _index}[name])
     runs: dict[str, Callable[[argparse.Namespace], int]] = {
         "verify": _verify,
         "stats": _stats,
@@ -178,6 +182,13 @@ def _merge(parsed: argparse.Namespace) -> int:
         merge(config)
         return _show_dataset(config.out)
     return 0
+
+
+def _index(parsed: argparse.Namespace) -> int:
+    from shards.index import index
+
+    config = _load(parsed, "shards")
+    return 0 if parsed.dry_run else _show_dataset(index(config))
 
 
 def _show_dataset(data: str) -> int:

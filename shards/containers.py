@@ -20,6 +20,7 @@ headers; pixels are read at the first look at them.
 from __future__ import annotations
 
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class LazyRaster:
 
     @cached_property
     def _loaded(self) -> ArrayRaster:
-        with _readable(self.name):
+        with readable(self.name):
             values = self.load().astype(self.dtype, copy=False)
         return ArrayRaster(self.name, values, self.grid, self.names, self.nodata)
 
@@ -80,21 +81,21 @@ def open_item(asset: Asset) -> Iterator[Raster]:
     if ending is None:
         raise SceneError(asset.path, f"is no container; those end in {', '.join(_OPENERS)}")
     with ExitStack() as stack:
-        with _readable(name):
+        with readable(name):
             raster = _OPENERS[ending](asset, name, stack)
         yield raster
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """Errors of the libraries that read containers, as ours."""
+def readable(name: str) -> Iterator[None]:
+    """Turns errors of the libraries that read containers into SceneError."""
     try:
         yield
     except SceneError:
         raise
     except (ZarrError, NoCodecsError) as error:
         raise SceneError(name, str(error)) from error
-    except (OSError, tarfile.TarError, ValueError) as error:
+    except (OSError, tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
         raise SceneError(name, f"not readable: {error}") from error
 
 

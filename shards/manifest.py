@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,13 +40,14 @@ class Selection:
     """Rows and modalities of a dataset, in manifest order.
 
     `fingerprint` changes with the dataset's bytes, the modalities, the filter and the limit, so that a checkpoint can
-    refuse another selection than its own.
+    refuse another selection than its own. `store` holds the tars; `foreign` says how to read those that are not ours.
     """
 
     store: Store
     contract: Contract
     rows: pa.Table
     fingerprint: str
+    foreign: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
         return int(self.rows.num_rows)
@@ -98,7 +100,14 @@ def select(
     filters = sorted((key, sorted(map(str, values))) for key, values in (where or {}).items())
     identity = [facts["fingerprint"], list(contract.sensors), filters, limit, seed if limit is not None else None]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return Selection(store, contract, rows.combine_chunks(), fingerprint)
+    foreign = facts.get("foreign")
+    tars = open_store(_beside(data, foreign["root"])) if foreign else store
+    return Selection(tars, contract, rows.combine_chunks(), fingerprint, foreign)
+
+
+def _beside(data: str, root: str) -> str:
+    """`root` seen from the dataset folder."""
+    return root if "://" in root or "://" in data else str(Path(data) / root)
 
 
 def read_facts(store: Store) -> dict[str, Any]:

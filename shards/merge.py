@@ -48,7 +48,10 @@ def merge(config: ShardsConfig, planned: Plan | None = None) -> str:
         tables.append(table.replace_schema_metadata(None))
         records.append(record)
     rows = pa.concat_tables(tables)
-    facts = _facts(config, planned, records, rows)
+    statistics: dict[str, BandStatistics] = {}
+    for record in records:
+        statistics = merge_statistics(statistics, record.statistics)
+    facts = dataset_facts(config, planned, records, rows, statistics)
     if rows.num_rows == 0:
         raise BuildError(f"{config.out}: no tile survived; left out: {facts['left_out']}")
     if config.split is not None:
@@ -59,10 +62,11 @@ def merge(config: ShardsConfig, planned: Plan | None = None) -> str:
     return config.out
 
 
-def _facts(config: ShardsConfig, planned: Plan, records: Sequence[ShardRecord], rows: pa.Table) -> dict[str, Any]:
-    statistics: dict[str, BandStatistics] = {}
-    for record in records:
-        statistics = merge_statistics(statistics, record.statistics)
+def dataset_facts(
+    config: ShardsConfig, planned: Plan, records: Sequence[ShardRecord], rows: pa.Table,
+    statistics: Mapping[str, BandStatistics],
+) -> dict[str, Any]:  # fmt: skip
+    """What `dataset.json` says, but for splits and the fingerprint."""
     contract = _contract(config, planned, statistics).to_json()
     shards = {record.name: {"sha256": record.sha256, "bytes": record.bytes} for record in records if record.sha256}
     left_out = sum((Counter(record.left_out) for record in records), Counter(planned.reasons()))

@@ -183,7 +183,7 @@ def _views(place: Place, config: ShardsConfig) -> Iterator[View | LeftOut]:
             continue
         time = view.scenes[0].time
         stem = place.name if time is None or len(views) == 1 else f"{place.name}-{time:%Y%m%dT%H%M%S}"
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", stem)[:90]
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", stem)[:64]  # a member's name in the tar has at most 100 characters
         size = config.tile.size
         yield View(stem, view, _grid(view, config.tile.metres), size, config.tile.stride or size)
 

@@ -198,12 +198,20 @@ class S3Store:
 
 def gdal_options(path: str) -> dict[str, str]:
     """GDAL's options to read `path` through /vsis3 with the credentials and endpoint that this module uses."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if not path.startswith("s3://") or not endpoint:
+    if not path.startswith(("s3://", "/vsicurl/")):
         return {}
-    parts = urlsplit(endpoint)
-    https = "YES" if parts.scheme == "https" else "NO"
-    return {"AWS_S3_ENDPOINT": parts.netloc, "AWS_HTTPS": https, "AWS_VIRTUAL_HOSTING": "FALSE"}
+    # No listing of the folder around a file before it is opened, and another try after a busy server's answer.
+    options = {
+        "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+        "GDAL_HTTP_MAX_RETRY": str(ATTEMPTS),
+        "GDAL_HTTP_RETRY_DELAY": "1",
+    }
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if path.startswith("s3://") and endpoint:
+        parts = urlsplit(endpoint)
+        https = "YES" if parts.scheme == "https" else "NO"
+        options |= {"AWS_S3_ENDPOINT": parts.netloc, "AWS_HTTPS": https, "AWS_VIRTUAL_HOSTING": "FALSE"}
+    return options
 
 
 def _whole(data: bytes, where: str, start: int, length: int) -> bytes:

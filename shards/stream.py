@@ -13,9 +13,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import crc32c
@@ -27,6 +28,7 @@ from shards.sample import Sample, decode
 AHEAD = 64  # samples fetched and decoded before they are asked for
 THREADS = 2
 BUFFER_BYTES = 512 << 20
+Spans = dict[str, tuple[int, bytes]]  # by tar: where the bytes begin in it, and the bytes
 
 
 class StreamError(OSError):
@@ -112,17 +114,28 @@ def _count(start: int) -> Iterator[int]:
         start += 1
 
 
+def _decoder(selection: Selection) -> Callable[[Mapping[str, bytes]], Sample]:
+    """How the members of one sample become a sample."""
+    sensors = selection.contract.sensors
+    if selection.foreign is None:
+        return partial(decode, sensors=sensors)
+    from shards import foreign  # with GDAL, which our own shards do not need
+
+    return partial(foreign.decode, parts=foreign.parts_of(selection.foreign), sensors=sensors)
+
+
 class _Reader:
     """Fetches runs of rows and decodes samples out of them."""
 
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
         self.ledger: dict[str, float] = {"samples": 0, "bytes": 0, "requests": 0, "wait": 0.0}
+        self._decode = _decoder(selection)
         rows = selection.rows
         self._shards = rows["shard"].combine_chunks()
         self._members = rows["members"].combine_chunks()
         self._checksums = rows["checksum"].combine_chunks()
-        self._runs: OrderedDict[tuple[int, int], Future[tuple[int, bytes]]] = OrderedDict()
+        self._runs: OrderedDict[tuple[int, int], Future[Spans]] = OrderedDict()
         self._held = 0
         self._lock = threading.Lock()
 
@@ -151,23 +164,27 @@ class _Reader:
 
     def sample(self, row: int, run: tuple[int, int]) -> Sample:
         """Decode one row, fetching its run of rows unless it is held already."""
-        base, data = self._fetch(run)
-        members: list[dict[str, Any]] = self._members[row].as_py()
+        spans = self._fetch(run)
         parts, checksum = {}, 0
-        for member in members:
+        for member in self._members_of(row):
+            base, data = spans[member["shard"]]
             start = member["offset"] - base
             parts[member["name"]] = data[start : start + member["bytes"]]
             checksum = crc32c.crc32c(parts[member["name"]], checksum)
-        if checksum != self._checksums[row].as_py():
+        if checksum != (self._checksums[row].as_py() if self._checksums[row].is_valid else checksum):
             key = self.selection.rows["key"][row].as_py()
             raise StreamError(
                 f"{self.selection.store.url}/{self._shards[row].as_py()}: sample {key} differs from the manifest's "
                 "checksum; the shard was altered or damaged (mcf shards verify), restore it or build it again"
             )
-        return decode(parts, self.selection.contract.sensors)
+        return self._decode(parts)
 
-    def _fetch(self, run: tuple[int, int]) -> tuple[int, bytes]:
-        """First byte and bytes of a run of rows; whoever asks first fetches, the others wait for it."""
+    def _members_of(self, row: int) -> list[dict[str, Any]]:
+        shard = self._shards[row].as_py()
+        return [{"shard": shard, **member} for member in self._members[row].as_py()]
+
+    def _fetch(self, run: tuple[int, int]) -> Spans:
+        """The bytes of a run of rows; whoever asks first fetches, the others wait for it."""
         with self._lock:
             future = self._runs.get(run)
             mine = future is None
@@ -178,19 +195,30 @@ class _Reader:
             self._load(run, future)
         return future.result()
 
-    def _load(self, run: tuple[int, int], future: Future[tuple[int, bytes]]) -> None:
+    def _load(self, run: tuple[int, int], future: Future[Spans]) -> None:
         try:
-            base = self._members[run[0]].as_py()[0]["offset"]
-            last = self._members[run[1] - 1].as_py()[-1]
-            length = last["offset"] + last["bytes"] - base
-            data = self.selection.store.range(self._shards[run[0]].as_py(), base, length)
+            spans = {shard: self._range(shard, *ends) for shard, ends in self._extents(run).items()}
         except BaseException as error:
             with self._lock:
                 self._runs.pop(run, None)
             future.set_exception(error)
             return
-        future.set_result((base, data))
-        self._account(len(data))
+        future.set_result(spans)
+        for _, data in spans.values():
+            self._account(len(data))
+
+    def _extents(self, run: tuple[int, int]) -> dict[str, tuple[int, int]]:
+        """First and last byte of a run of rows in each tar; in ours a run is one piece."""
+        rows = range(*run) if self.selection.foreign else {run[0], run[1] - 1}
+        found: dict[str, tuple[int, int]] = {}
+        for member in (member for row in rows for member in self._members_of(row)):
+            start, end = member["offset"], member["offset"] + member["bytes"]
+            first, last = found.get(member["shard"], (start, end))
+            found[member["shard"]] = min(first, start), max(last, end)
+        return found
+
+    def _range(self, shard: str, start: int, end: int) -> tuple[int, bytes]:
+        return start, self.selection.store.range(shard, start, end - start)
 
     def _account(self, fetched: int) -> None:
         with self._lock:
@@ -201,4 +229,4 @@ class _Reader:
                 if self._held <= BUFFER_BYTES or len(self._runs) <= 1:
                     break
                 if self._runs[run].done():
-                    self._held -= len(self._runs.pop(run).result()[1])
+                    self._held -= sum(len(data) for _, data in self._runs.pop(run).result().values())

@@ -9,7 +9,7 @@ window and cutting them out is how the build reads each block of a file once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -90,16 +90,23 @@ def open_scene(scene: Scene, coregistered: bool = False) -> Iterator[OpenScene]:
         cloud = None
         if scene.cloud is not None:
             cloud = stack.enter_context(open_scene(Scene(CLOUD, (scene.cloud.asset,), scene.time), coregistered))
-        files = [_open_file(scene, asset, stack, coregistered) for asset in scene.assets]
-        opened = OpenScene(scene, tuple(files), cloud)
-        found = {name for file in files for name in file.bands}
-        if missing := [name for name in opened.bands if name not in found]:
-            raise SceneError(scene.path, f"{scene.sensor} needs bands {', '.join(opened.bands)}; missing {missing}")
-        yield opened
+        rasters = [(asset, stack.enter_context(open_raster(asset))) for asset in scene.assets]
+        yield open_rasters(scene, rasters, coregistered, cloud)
 
 
-def _open_file(scene: Scene, asset: Asset, stack: ExitStack, coregistered: bool) -> OpenFile:
-    raster = stack.enter_context(open_raster(asset))
+def open_rasters(
+    scene: Scene, rasters: Sequence[tuple[Asset, Raster]], coregistered: bool, cloud: OpenScene | None = None
+) -> OpenScene:
+    """A scene of rasters that are open already; otherwise as `open_scene`."""
+    files = [_open_file(scene, asset, raster, coregistered) for asset, raster in rasters]
+    opened = OpenScene(scene, tuple(files), cloud)
+    found = {name for file in files for name in file.bands}
+    if missing := [name for name in opened.bands if name not in found]:
+        raise SceneError(scene.path, f"{scene.sensor} needs bands {', '.join(opened.bands)}; missing {missing}")
+    return opened
+
+
+def _open_file(scene: Scene, asset: Asset, raster: Raster, coregistered: bool) -> OpenFile:
     grid = raster.grid
     if grid.crs is None:
         if not coregistered:

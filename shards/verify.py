@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from typing import Any
 
 import crc32c
 import numpy as np
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from shards.contract import Contract
-from shards.manifest import read_facts
+from shards.manifest import read_facts, select
 from shards.sample import decode
 from shards.store import Store, StoreError, open_store
+from shards.stream import Share, Stream
 from shards.tables import read_table
 
 
@@ -34,10 +36,29 @@ def verify(data: str) -> list[str]:
     if len({row["key"] for row in rows}) != len(rows):
         found.append("manifest.parquet: keys occur twice")
     contract = Contract.from_json(facts["contract"])
+    if "foreign" in facts:
+        return [*found, *_verify_foreign(data, facts["shards"])]
     for name, shard in tqdm(facts["shards"].items(), "verify", unit="shard", disable=None, leave=False):
         mine = [row for row in rows if row["shard"] == f"{name}.tar"]
         found += _verify_shard(store, f"{name}.tar", shard["sha256"], mine, contract)
     return found
+
+
+def _verify_foreign(data: str, tars: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """Tars of others: there, of the size that they had, and their first samples readable."""
+    selection = select(data)
+    reader = Stream(selection, 0, 1, Share(1))
+    for name, facts in tars.items():
+        try:
+            selection.store.range(name, facts["bytes"] - 1, 1)
+        except StoreError as error:
+            yield str(error)
+    for shard, _ in selection.shards:
+        key = selection.rows["key"][pc.index(selection.rows["shard"], shard).as_py()].as_py()
+        try:
+            reader.at(key)
+        except (StoreError, ValueError) as error:
+            yield f"{shard}: {key}: {error}"
 
 
 def registration(data: str) -> list[str]:

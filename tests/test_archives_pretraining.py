@@ -453,7 +453,7 @@ def parquet(root: Path, source: str, cells: list[str], product: str | None = Non
     images = root / source / "images"
     images.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), images / "part_00002.parquet", row_group_size=1)
-    url = f"https://huggingface.co/datasets/Major-TOM/{source}/resolve/main/images/part_{{:05d}}.parquet"
+    url = f"https://example.org/datasets/Major-TOM/{source}/resolve/main/images/part_{{:05d}}.parquet"
     meta = [
         {"grid_cell": "1U_1R", "product_id": "far", "parquet_url": url.format(1), "parquet_row": 0},
         *({"grid_cell": row["grid_cell"], "product_id": row["product_id"], "parquet_url": url.format(2),

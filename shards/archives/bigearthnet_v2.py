@@ -34,8 +34,7 @@ from shards.tables import read_table
 
 ABOUT = About(
     title="BigEarthNet v2.0 (reBEN)",
-    licence="CDLA-Permissive-1.0 (as stated by https://huggingface.co/datasets/isp-uv-es/bigearthnet-v2-reference-maps-"
-    "taco; see https://bigearth.net)",
+    licence="CDLA-Permissive-1.0 (as a repackaging on Hugging Face states it; see https://bigearth.net)",
     attribution="K. N. Clasen, L. Hackel, T. Burgert, G. Sumbul, B. Demir, V. Markl: reBEN: Refined BigEarthNet "
     "Dataset for Remote Sensing Image Analysis, IGARSS 2025, doi:10.1109/IGARSS55030.2025.11242834; contains modified "
     "Copernicus Sentinel data and CORINE Land Cover 2018",

@@ -41,7 +41,7 @@ ABOUT = About(
         "Francis and Czerkawski 2024, Major TOM; contains modified Copernicus Sentinel data; Copernicus DEM: DLR e.V. "
         "2010-2014 and Airbus Defence and Space GmbH 2014-2018, provided under COPERNICUS by the European Union and ESA"
     ),
-    source="https://huggingface.co/Major-TOM",
+    source="Hugging Face: Major-TOM",
     notes={
         "s1": "RTC (gamma0, terrain corrected), linear power in the files; dB are made of it",
         "s2-l1c": "the offset of baseline 04.00 is removed by the product's name, as of N0500 of before 2022. " + MASK,

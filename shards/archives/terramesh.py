@@ -33,7 +33,7 @@ ABOUT = About(
         "Sentinel data; Copernicus DEM: DLR e.V. 2010-2014 and Airbus Defence and Space GmbH 2014-2018, provided under "
         "COPERNICUS by the European Union and ESA"
     ),
-    source="https://huggingface.co/datasets/ibm-esa-geospatial/TerraMesh",
+    source="Hugging Face: ibm-esa-geospatial/TerraMesh",
     notes={
         "s1": "dB; keys majortom_*: RTC (gamma0, terrain corrected), keys ssl4eos12_*: GRD (no terrain correction)",
         "s2-l1c": (

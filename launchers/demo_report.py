@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 import configs
 from pipeline import figures
 from pipeline.predict import predict
-from pipeline.report import Figure, Section, Table, Text, write_report
 from shards.archives import open_archive
 from shards.contract import Classes, Contract
 from shards.manifest import read_facts
+from shards.pictures import picture
 from shards.raster_io import read_classes
+from shards.report import Figure, Section, Table, Text, write_report
 from shards.scene import LABEL, Place
 from shards.sensors import SENSORS
 from shards.store import open_store
@@ -109,9 +110,7 @@ def look(place: Place, contract: Contract) -> tuple[dict[str, Array], Array]:
         grid = opened[contract.sensors[0]].grid
         tiles = {name: read_tile(opened[name], grid) for name in (*contract.sensors, LABEL)}
     pictures = {
-        f"{name} ({SENSORS[name].kind})": figures.picture(
-            contract.modality(name), tiles[name].values, tiles[name].valid
-        )
+        f"{name} ({SENSORS[name].kind})": picture(contract.modality(name), tiles[name].values, tiles[name].valid)
         for name in contract.sensors
     }
     label = tiles[LABEL]

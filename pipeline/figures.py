@@ -5,7 +5,6 @@ Letters in the comments: C bands; H, W pixels; K classes; S seeds.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,8 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from shards.contract import Classes, Contract, Modality
-from shards.sensors import SENSORS
+from shards.pictures import GREY, Picture, Stretch, coloured, picture, plain, png
 
-Picture = NDArray[np.float32]
-"""A colour picture [H, W, 3], 0 to 1."""
-
-GREY = 0.6  # where a picture has nothing to show
 LARGEST = 1024  # pixels along a side of a map; larger ones are thinned out
 
 
@@ -41,12 +36,12 @@ def loss_curves(
         for key in keys:
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             label = " ".join(part for part in (name, key if len(keys) > 1 else "") if part)
-            _curve(axes, np.array(points, dtype=np.float64).reshape(-1, 2), _plain(label))
+            _curve(axes, np.array(points, dtype=np.float64).reshape(-1, 2), plain(label))
     axes.set(xlabel="step", ylabel=title)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _curve(axes: Axes, points: NDArray[np.float64], label: str) -> None:
@@ -87,8 +82,8 @@ def reconstructions(contract: Contract, samples: Sequence[Reconstruction]) -> by
             pictures = _before_and_after(contract.modality(name), sample, name)
             for axes, title, image in zip(row[3 * column :], ("input", "visible", "completed"), pictures, strict=False):
                 _show(axes, image, f"{name} {title}" if number == 0 else "")
-        row[0].set_ylabel(_plain(sample.key), fontsize=7)
-    return _png(figure)
+        row[0].set_ylabel(plain(sample.key), fontsize=7)
+    return png(figure)
 
 
 def _before_and_after(modality: Modality, sample: Reconstruction, name: str) -> tuple[Picture, Picture, Picture]:
@@ -122,60 +117,6 @@ def enlarge(mask: NDArray[np.bool_], cell: int, shape: tuple[int, ...]) -> NDArr
     return mask.repeat(cell, 0).repeat(cell, 1)[: shape[0], : shape[1]]
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Per channel of a picture, the values [channels] that become black and full colour."""
-
-    low: NDArray[np.float32]
-    high: NDArray[np.float32]
-
-    @staticmethod
-    def of(modality: Modality, values: NDArray[Any], valid: NDArray[np.bool_]) -> Stretch:
-        """2nd and 98th percentile of the valid pixels of each channel; the clip range where there is none."""
-        channels = _channels(modality, np.asarray(values, dtype=np.float32))
-        if not valid.any():
-            return Stretch(*(np.array([limit], dtype=np.float32) for limit in modality.clip))
-        low, high = np.percentile(channels[:, valid], (2, 98), axis=1).astype(np.float32)
-        return Stretch(low, np.maximum(high, low + 1e-4 * (modality.clip[1] - modality.clip[0])))
-
-
-def picture(
-    modality: Modality, values: NDArray[Any], valid: NDArray[np.bool_], stretch: Stretch | None = None
-) -> Picture:
-    """Physical `values` [C, H, W] as a colour picture [H, W, 3]; grey where not `valid` [H, W].
-
-    Optical: the sensor's true colour bands. Radar: VV, VH and their ratio. Elevation: shaded relief. The stretch is
-    that of the valid pixels, unless one is given (to show two arrays in the same colours).
-    """
-    values = np.asarray(values, dtype=np.float32)
-    stretch = stretch or Stretch.of(modality, values, valid)
-    channels = _channels(modality, values)
-    shape = (-1, 1, 1)
-    image = (channels - stretch.low.reshape(shape)) / (stretch.high - stretch.low).reshape(shape)
-    image = image.clip(0, 1) ** (0.7 if SENSORS[modality.sensor].kind == "optical" else 1)  # clouds leave land dark
-    image = np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0)
-    return np.where(valid[..., None], image, np.float32(GREY)).astype(np.float32)
-
-
-def _channels(modality: Modality, values: Picture) -> Picture:
-    """The one or three channels [1 or 3, H, W] that show `values` [C, H, W] best."""
-    sensor = SENSORS[modality.sensor]
-    bands = [modality.bands.index(name) for name in sensor.rgb if name in modality.bands]
-    if sensor.kind == "elevation":
-        return _relief(values[0])[None]
-    if len(bands) == 3:
-        return values[bands]
-    if len(bands) == 2:  # two polarisations in dB: their difference is the ratio of the powers
-        return np.stack([values[bands[0]], values[bands[1]], values[bands[0]] - values[bands[1]]])
-    return values[:1]
-
-
-def _relief(height: Picture) -> Picture:
-    """Shade [H, W] of a surface in metres, lit from the upper left."""
-    down, right = np.gradient(height)
-    return np.asarray(right + down, dtype=np.float32)
-
-
 def confusion(matrix: NDArray[Any], classes: Classes) -> bytes:
     """The confusion matrix [K, K] (rows true, columns predicted), in percent of each true class."""
     counts = np.asarray(matrix, dtype=np.float64)
@@ -183,13 +124,13 @@ def confusion(matrix: NDArray[Any], classes: Classes) -> bytes:
     size = 2.2 + 0.62 * len(counts)
     figure, axes = _figure(size + 0.6, size)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    names = [_plain(name) for name in classes.names]
+    names = [plain(name) for name in classes.names]
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="true")
     for (row, column), value in np.ndenumerate(share):
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > 60 else "black")
-    return _png(figure)
+    return png(figure)
 
 
 def class_bars(scores: Mapping[str, NDArray[Any]], classes: Classes, title: str = "IoU (%)") -> bytes:
@@ -206,12 +147,12 @@ def class_bars(scores: Mapping[str, NDArray[Any]], classes: Classes, title: str 
         present = np.ma.masked_invalid(np.asarray(values, dtype=np.float64))
         mean, spread = present.mean(0).filled(0), present.std(0).filled(0)
         shift = (number - (len(scores) - 1) / 2) * width
-        axes.bar(places + shift, mean, width, yerr=spread, capsize=2, label=_plain(name))
-    axes.set_xticks(places, [_plain(name) for name in classes.names], rotation=30, ha="right")
+        axes.bar(places + shift, mean, width, yerr=spread, capsize=2, label=plain(name))
+    axes.set_xticks(places, [plain(name) for name in classes.names], rotation=30, ha="right")
     axes.set(ylabel=title)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def maps(images: Mapping[str, NDArray[Any]], classes: Classes) -> bytes:
@@ -227,18 +168,11 @@ def maps(images: Mapping[str, NDArray[Any]], classes: Classes) -> bytes:
         thin = image[::step, ::step]
         _show(axes, thin if image.ndim == 3 else coloured(thin, classes), title)
     patches = [
-        Patch(color=(colour[0] / 255, colour[1] / 255, colour[2] / 255), label=_plain(name))
+        Patch(color=(colour[0] / 255, colour[1] / 255, colour[2] / 255), label=plain(name))
         for name, colour in zip(classes.names, classes.palette, strict=True)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(8, len(patches)), frameon=False)
-    return _png(figure)
-
-
-def coloured(numbers: NDArray[Any], classes: Classes) -> Picture:
-    """Class numbers [H, W] as a picture in the colours of the classes; other numbers grey."""
-    table = np.full((256, 3), GREY, dtype=np.float32)
-    table[: len(classes.palette)] = np.array(classes.palette, dtype=np.float32) / 255
-    return table[np.asarray(numbers, dtype=np.uint8)]
+    return png(figure)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -248,18 +182,6 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _show(axes: Axes, image: NDArray[Any], title: str) -> None:
     axes.imshow(image, interpolation="nearest")
-    axes.set_title(_plain(title), fontsize=9)
+    axes.set_title(plain(title), fontsize=9)
     axes.set_xticks([])
     axes.set_yticks([])
-
-
-def _plain(text: str) -> str:
-    """`text` as it is, also where it holds the dollar signs that matplotlib reads as formulas."""
-    return text.replace("$", r"\$")
-
-
-def _png(figure: Figure) -> bytes:
-    """The figure as a PNG file; equal figures give equal bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()

@@ -18,8 +18,9 @@ from matplotlib.image import imread
 from numpy.typing import NDArray
 
 from pipeline import figures
-from pipeline.report import Figure, Section, Table, Text, write_report
+from shards import pictures as drawing
 from shards.contract import Classes, Contract, Modality
+from shards.report import Figure, Section, Table, Text, write_report
 from shards.sensors import SENSORS
 
 HOSTILE = "<script>alert('$x_1$')</script> & \"quoted\" \N{GREEK SMALL LETTER ALPHA}"
@@ -166,7 +167,7 @@ def test_hidden_blocks_are_grey_and_the_rest_is_the_input() -> None:
         shown = sample()
         before, visible, _ = figures._before_and_after(CONTRACT.modality(name), shown, name)
         hidden = figures.enlarge(shown.hidden[name], 32, (64, 64))
-        assert (visible[hidden] == np.float32(figures.GREY)).all()
+        assert (visible[hidden] == np.float32(drawing.GREY)).all()
         np.testing.assert_array_equal(visible[~hidden], before[~hidden])
     assert (before[..., 0] != before[..., 2]).any()
 
@@ -196,16 +197,16 @@ def test_true_colour_shows_red_as_red_and_invalid_pixels_grey() -> None:
     values[1:3, :, :10] = 3000  # B2, B3
     valid = np.ones((20, 20), dtype=bool)
     valid[0] = False
-    image = figures.picture(modality("s2-l1c"), values, valid)
+    image = drawing.picture(modality("s2-l1c"), values, valid)
     np.testing.assert_array_equal(image[5, 15], [1, 0, 0])
     np.testing.assert_array_equal(image[5, 5], [0, 1, 1])
-    np.testing.assert_allclose(image[0, 5], figures.GREY)
+    np.testing.assert_allclose(image[0, 5], drawing.GREY)
 
 
 def test_relief_is_light_towards_the_upper_left() -> None:
     down, right = np.mgrid[:30, :30].astype(np.float32)
     pyramid = -np.maximum(np.abs(down - 15), np.abs(right - 15)) * 30
-    image = figures.picture(modality("dem"), pyramid[None], np.ones((30, 30), dtype=bool))[..., 0]
+    image = drawing.picture(modality("dem"), pyramid[None], np.ones((30, 30), dtype=bool))[..., 0]
     assert image[15, 5] > image[15, 25] and image[5, 15] > image[25, 15]
 
 
@@ -213,14 +214,14 @@ def test_relief_is_light_towards_the_upper_left() -> None:
 def test_every_sensor_has_a_picture_even_of_nothing(name: str) -> None:
     kind = modality(name)
     for valid in (np.zeros((8, 8), dtype=bool), np.ones((8, 8), dtype=bool)):
-        image = figures.picture(kind, np.full((len(kind.bands), 8, 8), 5.0), valid)
+        image = drawing.picture(kind, np.full((len(kind.bands), 8, 8), 5.0), valid)
         assert image.shape == (8, 8, 3) and np.isfinite(image).all() and 0 <= image.min() <= image.max() <= 1
 
 
 def test_classes_are_drawn_in_their_colours() -> None:
-    image = figures.coloured(np.array([[0, 1, 2, 255]], dtype=np.uint8), CLASSES)
+    image = drawing.coloured(np.array([[0, 1, 2, 255]], dtype=np.uint8), CLASSES)
     np.testing.assert_array_equal((255 * image[0, :3]).round(), CLASSES.palette)
-    np.testing.assert_allclose(image[0, 3], figures.GREY)
+    np.testing.assert_allclose(image[0, 3], drawing.GREY)
 
 
 def test_large_maps_are_thinned_out() -> None:

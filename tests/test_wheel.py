@@ -31,11 +31,11 @@ def test_the_wheel_works_outside_of_the_checkout(tmp_path: Path) -> None:
     for floor in ("configs", "shards", "pipeline", "launchers"):
         assert f"{floor}/py.typed" in names
     code = (
-        "import configs, pipeline.report, launchers.command as command\n"
+        "import configs, shards.report, launchers.command as command\n"
         "print(configs.__file__)\n"
         "[configs.load(name) for name in configs.presets()]\n"
         "from pathlib import Path\n"
-        "pipeline.report.write_report(Path('r.html'), [pipeline.report.Text('a', 'b')])\n"
+        "shards.report.write_report(Path('r.html'), [shards.report.Text('a', 'b')])\n"
         "command.main(['shards', 'verify', 'nowhere'])\n"
     )
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}

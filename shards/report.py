@@ -74,7 +74,7 @@ class Figure:
     def __post_init__(self) -> None:
         """Refuse anything but PNG."""
         if not self.png.startswith(PNG_SIGNATURE) or len(self.png) < 24:
-            raise ValueError(f"figure {self.title!r}: {len(self.png)} bytes that are no PNG; see pipeline.figures")
+            raise ValueError(f"figure {self.title!r}: {len(self.png)} bytes that are no PNG; see shards.pictures")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -94,7 +94,7 @@ Section = Text | Table | Figure
 def write_report(path: Path, sections: Sequence[Section], *, title: str = "Report") -> None:
     """Write `sections` in their order to the HTML file `path`; it appears whole or not at all."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("pipeline").joinpath("report.html.j2").read_text(encoding="utf-8"))
+    template = environment.from_string(files("shards").joinpath("report.html.j2").read_text(encoding="utf-8"))
     kinds = [(type(section).__name__.lower(), section) for section in sections]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(template.render(title=title, sections=kinds), encoding="utf-8")

@@ -1,0 +1,95 @@
+"""Pictures of what a dataset holds: a modality in colour, classes in theirs. No pyplot, no global state.
+
+Letters in the comments: C bands; H, W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from shards.contract import Classes, Modality
+from shards.sensors import SENSORS
+
+Picture = NDArray[np.float32]
+"""A colour picture [H, W, 3], 0 to 1."""
+
+GREY = 0.6  # where a picture has nothing to show
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Per channel of a picture, the values [channels] that become black and full colour."""
+
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
+
+    @staticmethod
+    def of(modality: Modality, values: NDArray[Any], valid: NDArray[np.bool_]) -> Stretch:
+        """2nd and 98th percentile of the valid pixels of each channel; the clip range where there is none."""
+        channels = _channels(modality, np.asarray(values, dtype=np.float32))
+        if not valid.any():
+            return Stretch(*(np.array([limit], dtype=np.float32) for limit in modality.clip))
+        low, high = np.percentile(channels[:, valid], (2, 98), axis=1).astype(np.float32)
+        return Stretch(low, np.maximum(high, low + 1e-4 * (modality.clip[1] - modality.clip[0])))
+
+
+def picture(
+    modality: Modality, values: NDArray[Any], valid: NDArray[np.bool_], stretch: Stretch | None = None
+) -> Picture:
+    """Physical `values` [C, H, W] as a colour picture [H, W, 3]; grey where not `valid` [H, W].
+
+    Optical: the sensor's true colour bands. Radar: VV, VH and their ratio. Elevation: shaded relief. The stretch is
+    that of the valid pixels, unless one is given (to show two arrays in the same colours).
+    """
+    values = np.asarray(values, dtype=np.float32)
+    stretch = stretch or Stretch.of(modality, values, valid)
+    channels = _channels(modality, values)
+    shape = (-1, 1, 1)
+    image = (channels - stretch.low.reshape(shape)) / (stretch.high - stretch.low).reshape(shape)
+    image = image.clip(0, 1) ** (0.7 if SENSORS[modality.sensor].kind == "optical" else 1)  # clouds leave land dark
+    image = np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0)
+    return np.where(valid[..., None], image, np.float32(GREY)).astype(np.float32)
+
+
+def _channels(modality: Modality, values: Picture) -> Picture:
+    """The one or three channels [1 or 3, H, W] that show `values` [C, H, W] best."""
+    sensor = SENSORS[modality.sensor]
+    bands = [modality.bands.index(name) for name in sensor.rgb if name in modality.bands]
+    if sensor.kind == "elevation":
+        return _relief(values[0])[None]
+    if len(bands) == 3:
+        return values[bands]
+    if len(bands) == 2:  # two polarisations in dB: their difference is the ratio of the powers
+        return np.stack([values[bands[0]], values[bands[1]], values[bands[0]] - values[bands[1]]])
+    return values[:1]
+
+
+def _relief(height: Picture) -> Picture:
+    """Shade [H, W] of a surface in metres, lit from the upper left."""
+    down, right = np.gradient(height)
+    return np.asarray(right + down, dtype=np.float32)
+
+
+def coloured(numbers: NDArray[Any], classes: Classes) -> Picture:
+    """Class numbers [H, W] as a picture in the colours of the classes; other numbers grey."""
+    table = np.full((256, 3), GREY, dtype=np.float32)
+    table[: len(classes.palette)] = np.array(classes.palette, dtype=np.float32) / 255
+    return table[np.asarray(numbers, dtype=np.uint8)]
+
+
+def plain(text: str) -> str:
+    """`text` as it is, also where it holds the dollar signs that matplotlib reads as formulas."""
+    return text.replace("$", r"\$")
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file; equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

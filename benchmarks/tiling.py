@@ -188,5 +188,5 @@ def _peak_of_a_build(count: int) -> float:
     with TemporaryDirectory() as name:
         folder = Path(name)
         scenes = _scenes(folder, 512, 12, **LAYOUTS["tiled"])
-        build(_config(folder, scenes, count, samples_per_shard=64, encoding="blosc2-lz4"))
+        build(_config(folder, scenes, count, samples_per_shard=8, encoding="blosc2-lz4"))
         return peak()

@@ -123,6 +123,9 @@ class Training:
     optim: Optim = Field(default_factory=Optim, description="optimiser and schedule")
     batch: BatchSize = Field(default_factory=BatchSize, description="batch sizes")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="DeepSpeed")
+    stream: Literal["continue", "restart"] = Field(
+        default="continue", description="restart: go on although the dataset has changed, in its new order"
+    )
     steps: int = Field(ge=1, description="optimiser steps of the whole run")
     seed: int = Field(default=0, description="of weights, order, masks, augmentation and drop path")
     lanes: int = Field(default=16, ge=1, description="stretches of the data read side by side")

@@ -33,7 +33,17 @@ from shards.manifest import Selection
 
 CONFIG = "config.yaml"
 # What may change between two parts of one run, because it does not change what is computed.
-FREE = ("run", "data", "batch.micro_batch", "engine", "checkpoint_every", "keep", "pictures_every", "validate_every")
+FREE = (
+    "run",
+    "data",
+    "batch.micro_batch",
+    "engine",
+    "stream",
+    "checkpoint_every",
+    "keep",
+    "pictures_every",
+    "validate_every",
+)
 
 log = logging.getLogger(__name__)
 
@@ -104,14 +114,26 @@ def own_checkpoint(config: Training, fingerprint: str, ranks: Ranks) -> Checkpoi
         _check_same(folder, configs.load(folder / CONFIG), config)
     found = checkpoint.newest(folder)
     if found and found.facts["fingerprint"] != fingerprint:
-        raise ConfigError(
-            f"data: run {folder} was trained on a selection with fingerprint {found.facts['fingerprint'][:12]}, but "
-            f"{config.data} now gives {fingerprint[:12]}; restore the dataset, or choose another folder with run="
-        )
+        _check_data(config, found, fingerprint)
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(folder / CONFIG, configs.dump(config))
     return found
+
+
+def _check_data(config: Training, found: Checkpoint, fingerprint: str) -> None:
+    """Refuse other data than the run was begun with, unless the config says `stream: restart`."""
+    change = f"{found.facts['fingerprint'][:12]} until step {found.step}, {fingerprint[:12]} from then on"
+    if config.stream == "restart":
+        log.warning(
+            "data: the selection has changed (%s); the stream goes on at position %d of the new order, so samples of "
+            "the epoch begun may come again", change, found.facts["position"],
+        )  # fmt: skip
+        return
+    raise ConfigError(
+        f"data: the selection of {config.data} has changed since run {config.run} began (fingerprint {change}); "
+        "restore the dataset, write stream=restart to go on in the new order, or choose another folder with run="
+    )
 
 
 def _check_same(folder: Path, old: Any, new: Training) -> None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from shards.config import ShardsConfig
 from shards.grid import Grid, Window
 from shards.labels import OpenLabel, open_label
-from shards.merge import merge
+from shards.merge import check_contract, merge
 from shards.plan import BuildError, Item, Plan, View, plan, shard_name
 from shards.plausible import Looks
 from shards.raster_io import footprint
@@ -52,25 +52,26 @@ def build(config: ShardsConfig) -> str:
     """
     store = open_store(config.out)
     planned = plan(config)
+    check_contract(config, planned)
     part, parts = map(int, config.part.split("/"))
     mine = [i for i in range(planned.shards) if i % parts == part - 1]
-    finished = _finished(store, planned)
-    todo = [i for i in mine if shard_name(i) not in finished]
+    finished = _finished(store, config, planned)
+    todo = [i for i in mine if shard_name(config, i) not in finished]
     _build_shards(config, planned, todo, len(mine) - len(todo))
     if parts == 1:
         merge(config, planned)
     return config.out
 
 
-def _finished(store: Store, planned: Plan) -> set[str]:
+def _finished(store: Store, config: ShardsConfig, planned: Plan) -> set[str]:
     """Names of the shards that are done; refuses a folder in which another plan was begun."""
-    names = {name.removesuffix(".parquet") for name in store.list("shard-") if name.endswith(".parquet")}
+    names = {name.removesuffix(".parquet") for name in store.list(f"{config.name}-") if name.endswith(".parquet")}
     for name in sorted(names)[:1]:
         _, found, _ = read_record(store, name)
         if found != planned.fingerprint:
             raise BuildError(
-                f"{store.url}: holds shards of another build (other archive content, sensors or tiling); "
-                "give another out=, or remove that folder"
+                f"{store.url}: holds {config.name}-* of another build (other archive content, sensors or tiling); "
+                "give another out=, add to that dataset under another name=, or remove that folder"
             )
     return names
 
@@ -114,7 +115,7 @@ def _run(config: ShardsConfig, planned: Plan, todo: Sequence[int]) -> Iterator[t
 def build_shard(config: ShardsConfig, fingerprint: str, index: int, items: Sequence[Item]) -> ShardRecord:
     """Read, write and record one planned shard."""
     store, left_out, skipped = open_store(config.out), Counter[str](), list[str]()
-    record = write_shard(_samples(config, items, left_out, skipped), store, shard_name(index), config.encoding)
+    record = write_shard(_samples(config, items, left_out, skipped), store, shard_name(config, index), config.encoding)
     record.left_out, record.skipped = dict(left_out), skipped
     finish_shard(record, store, fingerprint, config.sensors)
     return record

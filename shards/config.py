@@ -110,6 +110,11 @@ class ShardsConfig:
     stage: Literal["shards"] = "shards"
     archive: Archive
     out: str = Field(description="dataset folder, local or s3://BUCKET/PREFIX")
+    name: str = Field(
+        default="shard",
+        pattern=r"^[a-z][a-z0-9]{0,30}$",
+        description="of this build's shards; another name adds its samples to the dataset that is in out",
+    )
     sensors: tuple[str, ...] = Field(min_length=1, description="modalities; the first gives the grid")
     label: Label | None = Field(default=None, description="classes, when the archive is labelled")
     tile: Tiling = Tiling()

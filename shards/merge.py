@@ -11,11 +11,12 @@ from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from shards.archives import about
 from shards.config import ShardsConfig
-from shards.contract import Contract, Modality
-from shards.manifest import FORMAT_VERSION, write_manifest
+from shards.contract import Contract, ContractError, Modality, compare
+from shards.manifest import FORMAT_VERSION, read_facts, write_manifest
 from shards.plan import BuildError, Plan, plan, shard_name
 from shards.raster_io import is_geographic
 from shards.scene import Scene
@@ -23,21 +24,47 @@ from shards.sensors import SENSORS
 from shards.splits import assign
 from shards.statistics import BandStatistics
 from shards.statistics import merge as merge_statistics
-from shards.store import open_store
+from shards.store import Store, open_store
 from shards.tile import open_scene
 from shards.write import ShardRecord, read_record
 
 
 def merge(config: ShardsConfig, planned: Plan | None = None) -> str:
-    """Put the parts of a build together: manifest.parquet and dataset.json.
+    """Put the parts of a build together, and with the builds of other names that are in the dataset already.
+
+    Writes manifest.parquet and dataset.json; shards are not touched.
 
     Raises:
-        BuildError: shards are missing (they are named), or no tile survived.
+        BuildError: shards are missing (they are named), no tile survived, or two builds hold the same keys.
+        ContractError: the dataset's other builds mean something else by their numbers.
     """
     store = open_store(config.out)
     planned = planned or plan(config)
-    names = [shard_name(index) for index in range(planned.shards)]
-    there = set(store.list("shard-"))
+    check_contract(config, planned)
+    tables, records = _own(config, planned, store)
+    others = {name: facts for name, facts in _builds(store).items() if name != config.name}
+    for name, facts in others.items():
+        found = [read_record(store, f"{name}-{index:06d}") for index in range(facts["shards"])]
+        records += [record for record, _, _ in found]
+        tables += [table.replace_schema_metadata(None) for _, _, table in found]
+    rows = pa.concat_tables(tables)
+    statistics: dict[str, BandStatistics] = {}
+    for record in records:
+        statistics = merge_statistics(statistics, record.statistics)
+    facts = dataset_facts(config, planned, records, rows, statistics)
+    facts["builds"] = {**others, config.name: _build_facts(config, planned)}
+    _check_rows(config, rows, facts)
+    if config.split is not None:
+        rows, facts["split"] = assign(rows, config.split)
+    identity = [FORMAT_VERSION, facts["contract"], facts["shards"], rows["split"].to_pylist()]
+    facts["fingerprint"] = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    write_manifest(store, rows, facts)
+    return config.out
+
+
+def _own(config: ShardsConfig, planned: Plan, store: Store) -> tuple[list[pa.Table], list[ShardRecord]]:
+    names = [shard_name(config, index) for index in range(planned.shards)]
+    there = set(store.list(f"{config.name}-"))
     if missing := [name for name in names if f"{name}.parquet" not in there]:
         raise BuildError(f"{config.out}: {len(missing)} shards are not built yet: {', '.join(missing[:5])} ...")
     tables, records = [], []
@@ -47,19 +74,54 @@ def merge(config: ShardsConfig, planned: Plan | None = None) -> str:
             raise BuildError(f"{config.out}: {name} belongs to another build; give another out=, or remove that folder")
         tables.append(table.replace_schema_metadata(None))
         records.append(record)
-    rows = pa.concat_tables(tables)
-    statistics: dict[str, BandStatistics] = {}
-    for record in records:
-        statistics = merge_statistics(statistics, record.statistics)
-    facts = dataset_facts(config, planned, records, rows, statistics)
+    return tables, records
+
+
+def _builds(store: Store) -> dict[str, dict[str, Any]]:
+    """The builds that the dataset in the store is made of, by name; none where there is no dataset yet."""
+    if not store.exists("dataset.json"):
+        return {}
+    facts = read_facts(store)
+    if "builds" not in facts:
+        raise BuildError(
+            f"{store.url}: holds an index over foreign tars, to which shards cannot be added; give another out="
+        )
+    return dict(facts["builds"])
+
+
+def check_contract(config: ShardsConfig, planned: Plan) -> None:
+    """Refuse to add to a dataset whose numbers mean something else.
+
+    Raises:
+        ContractError: naming what differs.
+    """
+    store = open_store(config.out)
+    others = set(_builds(store)) - {config.name}
+    if not others:
+        return
+    there, new = Contract.from_json(read_facts(store)["contract"]), _contract(config, planned, {})
+    if found := compare(there, new):
+        raise ContractError(
+            f"{config.out} holds {', '.join(sorted(others))} (left), which build {config.name!r} (right) does not fit: "
+            f"{'; '.join(found)}; give another out="
+        )
+
+
+def _build_facts(config: ShardsConfig, planned: Plan) -> dict[str, Any]:
+    return {
+        "plan": planned.fingerprint,
+        "shards": planned.shards,
+        "planned": planned.items,
+        "archive": _archive(config),
+    }
+
+
+def _check_rows(config: ShardsConfig, rows: pa.Table, facts: Mapping[str, Any]) -> None:
     if rows.num_rows == 0:
         raise BuildError(f"{config.out}: no tile survived; left out: {facts['left_out']}")
-    if config.split is not None:
-        rows, facts["split"] = assign(rows, config.split)
-    identity = [FORMAT_VERSION, facts["contract"], facts["shards"], rows["split"].to_pylist()]
-    facts["fingerprint"] = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    write_manifest(store, rows, facts)
-    return config.out
+    if pc.count_distinct(rows["key"]).as_py() < rows.num_rows:
+        twice = [item["values"] for item in pc.value_counts(rows["key"]).to_pylist() if item["counts"] > 1]
+        raise BuildError(f"{config.out}: {len(twice)} keys are in another build of this dataset too: {twice[:5]}")
 
 
 def dataset_facts(

@@ -133,9 +133,9 @@ class Plan:
         return {reason: found[:NAMED] for reason, found in names.items()}
 
 
-def shard_name(index: int) -> str:
+def shard_name(config: ShardsConfig, index: int) -> str:
     """Name of a shard's files without extension."""
-    return f"shard-{index:06d}"
+    return f"{config.name}-{index:06d}"
 
 
 def plan(config: ShardsConfig) -> Plan:

@@ -23,12 +23,11 @@ from shards.sensors import SENSORS
 REACH = 12  # pixels: the largest shift whose score is computed, in rows and in columns
 SMOOTHING = 0.8  # pixels, standard deviation of the Gaussian under the gradient
 FLOOR = 0.2  # of the mean squared gradient: weaker edges count by their strength, stronger ones alike
-COVER = 0.9  # part of that Gaussian that must lie on valid pixels
-POOLING = 1.1  # pixels, standard deviation of the Gaussian over the scores: edges in radar lie off by that much
+POOLING = 1.1  # pixels, standard deviation of the Gaussian over the scores: edges of two modalities meet only nearly
+CUT = 2.5  # standard deviations at which these Gaussians end
 PEAK = 5  # pixels around the best score that belong to it
 MIN_PIXELS = 1024  # that vote in both tiles
-MIN_CONFIDENCE = 2.0
-MAX_ERROR = 0.75
+MIN_CONFIDENCE = 2.5  # reached by 2 in 1,000 pairs that do not belong together
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -44,10 +43,9 @@ class Shift:
     Args:
         rows: pixels, within 12.
         cols: pixels, within 12.
-        error: expected error in pixels, one standard deviation in the direction that is known least; at most
-            0.75.
-        confidence: how far the best score stands above every score elsewhere, in standard deviations of those; 2 or
-            more.
+        error: expected error in pixels, one standard deviation in the direction that is known least.
+        confidence: how far the best score stands above every score elsewhere, in standard deviations of those; at
+            least 2.5.
     """
 
     rows: float
@@ -74,8 +72,8 @@ def shift(
         other_bands: the same for `other`.
 
     Returns:
-        None where nothing can be said: fewer than 1,024 pixels that vote in both, no edges, or no single and sharp best
-        shift within 12 pixels.
+        None where nothing can be said: fewer than 1,024 pixels that vote in both, no edges, or no shift within
+        12 pixels that is clearly the best.
 
     Raises:
         ValueError: the tiles differ in height or width.
@@ -90,8 +88,8 @@ def shift(
     b, votes_b = _edges(other, other_bands)
     if np.count_nonzero(votes_a & votes_b) < MIN_PIXELS or not a.any() or not b.any():
         return None
-    # Noise in the sums grows with the square root of the votes: so divided, it is alike for all shifts.
-    return _peak(_blur(_correlate(a, b), POOLING) / _overlaps(votes_a, votes_b) ** 0.5)
+    pad = round(CUT * POOLING)
+    return _peak(_blur(_correlate(a, b, REACH + pad), POOLING)[pad:-pad, pad:-pad])
 
 
 def _edges(tile: Tile, bands: Sequence[int]) -> tuple[Floats, Bools]:
@@ -99,10 +97,8 @@ def _edges(tile: Tile, bands: Sequence[int]) -> tuple[Floats, Bools]:
     values = tile.values[list(bands)] if bands else tile.values
     image: Floats = np.where(tile.valid, values.mean(axis=0, dtype=np.float32), np.float32(0))  # [H, W]
     smooth, covered = _blur(image, SMOOTHING), tile.valid
-    if not tile.valid.all():
-        weight = _blur(tile.valid.astype(np.float32), SMOOTHING)
-        smooth /= np.maximum(weight, np.float32(1e-3))
-        covered = weight > COVER
+    if not covered.all():  # only where the whole Gaussian lies on valid pixels
+        covered = _blur(covered.astype(np.float32), SMOOTHING) > 0.999
     votes = covered[1:-1, 2:] & covered[1:-1, :-2] & covered[2:, 1:-1] & covered[:-2, 1:-1]
     x = (smooth[1:-1, 2:] - smooth[1:-1, :-2]) * votes
     y = (smooth[2:, 1:-1] - smooth[:-2, 1:-1]) * votes
@@ -113,8 +109,8 @@ def _edges(tile: Tile, bands: Sequence[int]) -> tuple[Floats, Bools]:
 
 
 def _blur(image: Floats, sigma: float) -> Floats:
-    """`image` [H, W] under a Gaussian cut off at 2.5 standard deviations; beyond the edges their pixels repeat."""
-    reach = round(2.5 * sigma)
+    """`image` [H, W] under a Gaussian; beyond the edges their pixels repeat."""
+    reach = round(CUT * sigma)
     kernel = np.exp(-0.5 * (np.arange(reach + 1) / sigma) ** 2)
     kernel = (kernel / (2 * kernel.sum() - 1)).astype(np.float32)
     padded = np.pad(image, reach, mode="edge")
@@ -126,41 +122,23 @@ def _blur(image: Floats, sigma: float) -> Floats:
     return padded
 
 
-def _correlate(a: Floats, b: Floats) -> Floats:
-    """Sum over channels and pixels of a(x) b(x + s) for shifts s from -REACH to REACH [2 REACH + 1, 2 REACH + 1]."""
+def _correlate(a: Floats, b: Floats, reach: int) -> Floats:
+    """Sum over channels and pixels of a(x) b(x + s) for shifts s from -reach to reach [2 reach + 1, 2 reach + 1]."""
     # Zeros beyond the edges, so that no pixel meets one of the opposite edge; multiples of 24 are quick to transform.
-    height, width = (-(-(size + REACH) // 24) * 24 for size in a.shape[1:])
+    height, width = (-(-(size + reach) // 24) * 24 for size in a.shape[1:])
     padding = ((0, 0), (0, height - a.shape[1]), (0, width - a.shape[2]))
     one, two = (np.fft.rfft2(np.pad(field, padding)) for field in (a, b))
     product = (one.conj() * two).sum(axis=0)
-    wanted = np.arange(-REACH, REACH + 1)
+    wanted = np.arange(-reach, reach + 1)
     rows = np.fft.ifft(product, axis=0)[wanted]
     return np.fft.irfft(rows, width, axis=1)[:, wanted].astype(np.float32)
 
 
-def _overlaps(a: Bools, b: Bools) -> Floats:
-    """How many pixels vote in both, for the shifts of `_correlate`, of the same shape; at least 1.
-
-    Counted for nine shifts and interpolated between them, which is exact where all pixels vote.
-    """
-    knots, shifts = (-REACH, 0, REACH), np.arange(-REACH, REACH + 1)
-    counts = [[np.count_nonzero(_ahead(a, -r, -c) & _ahead(b, r, c)) for c in knots] for r in knots]
-    wide = [np.interp(shifts, knots, row) for row in counts]  # [3, 2 REACH + 1]
-    full = [np.interp(shifts, knots, column) for column in zip(*wide, strict=True)]  # transposed
-    return np.maximum(np.array(full, np.float32).T, 1)
-
-
-def _ahead(votes: Bools, rows: int, cols: int) -> Bools:
-    """`votes` without its first `rows` and `cols`, or without its last ones where these are negative."""
-    height, width = votes.shape
-    return votes[max(0, rows) : height + min(0, rows), max(0, cols) : width + min(0, cols)]
-
-
 def _peak(scores: Floats) -> Shift | None:
-    """The top of a parabola through the best score and its eight neighbours; None where it is not single and sharp.
+    """The top of a parabola through the best score and its eight neighbours; None where it is not single.
 
     Scores away from the peak tell the noise: slopes like theirs, at the peak, would move it by slope over curvature.
-    That is `error`; along a straight edge, where the peak is a ridge, it is large.
+    That is `error`.
     """
     row, col = divmod(int(scores.argmax()), scores.shape[1])
     if not (0 < row < 2 * REACH and 0 < col < 2 * REACH):
@@ -175,7 +153,7 @@ def _peak(scores: Floats) -> Shift | None:
     confidence = float(scores[row, col] - scores[away].max()) / noise
     error = float(np.sqrt(np.square(slopes).mean())) / flattest
     top = np.linalg.solve(curvature, -slope)
-    if confidence < MIN_CONFIDENCE or error > MAX_ERROR or np.abs(top).max() > 1:
+    if confidence < MIN_CONFIDENCE or np.abs(top).max() > 1:
         return None
     return Shift(float(row - REACH + top[0]), float(col - REACH + top[1]), error, confidence)
 

@@ -15,6 +15,7 @@ import pytest
 import configs
 from shards.archives import ArchiveError
 from shards.build import BuildError, build, merge, plan
+from shards.contract import ContractError
 from shards.manifest import ManifestError, select
 from shards.scene import SceneError
 from shards.stream import Share, Stream, StreamError
@@ -96,7 +97,7 @@ def test_killed_at_any_moment_and_run_again(dataset: Path, tmp_path: Path) -> No
 
 
 def test_another_plan_in_the_same_folder_is_refused(dataset: Path) -> None:
-    with pytest.raises(BuildError, match="shards of another build.*out="):
+    with pytest.raises(BuildError, match="holds shard-\\* of another build.*out="):
         build(shards_config(dataset / "archive", dataset / "data", "tile.size=48"))
 
 
@@ -276,6 +277,37 @@ def test_listing_is_what_the_stream_gives(dataset: Path) -> None:
             assert line["keys"] == [next(stream)[0].key for _ in range(2)]
     with pytest.raises(ManifestError, match="unknown setting 'glob'"):
         list(listing(data, {"glob": "4"}))
+
+
+def test_another_build_adds_its_samples_and_touches_no_shard(tmp_path: Path) -> None:
+    """Three places first, two more later: old shards stay as they are, and the union is one dataset."""
+    rows = make_archive(tmp_path / "archive", places=5)
+    write_catalog(tmp_path / "archive", rows[:9])
+    build(shards_config(tmp_path / "archive", tmp_path / "data"))
+    before, first = contents(tmp_path / "data"), select(str(tmp_path / "data"))
+    write_catalog(tmp_path / "archive", rows[9:])
+    with pytest.raises(BuildError, match="add to that dataset under another name="):
+        build(shards_config(tmp_path / "archive", tmp_path / "data"))
+    build(shards_config(tmp_path / "archive", tmp_path / "data", "name=later"))
+    after, second = contents(tmp_path / "data"), select(str(tmp_path / "data"))
+    assert {name for name in before if after[name] != before[name]} == {"dataset.json", "manifest.parquet"}
+    assert (len(first), len(second)) == (27, 45) and first.fingerprint != second.fingerprint
+    assert verify(str(tmp_path / "data")) == []
+    facts = json.loads(after["dataset.json"])
+    assert {name: entry["planned"] for name, entry in facts["builds"].items()} == {"shard": 27, "later": 18}
+    assert facts["statistics"]["s1"]["count"] == 45 * 32 * 32
+    keys = {sample.key for sample, _ in Stream(second, 0, 4, Share(1)).once()}
+    assert len(keys) == 45 and {key[:6] for key in keys} == {f"place{number}" for number in range(5)}
+
+
+def test_a_build_that_does_not_fit_the_dataset_is_refused(dataset: Path, tmp_path: Path) -> None:
+    for name, data in contents(dataset / "data").items():
+        (tmp_path / name).write_bytes(data)
+    archive = dataset / "archive"
+    with pytest.raises(ContractError, match=r"holds shard \(left\), which build 'b' .*s1 is missing on the right"):
+        build(shards_config(archive, tmp_path, "name=b", "sensors=[s2-l2a]"))
+    with pytest.raises(BuildError, match=r"27 keys are in another build of this dataset too: \['place0-00000-00000'"):
+        build(shards_config(archive, tmp_path, "name=b"))
 
 
 @pytest.mark.s3

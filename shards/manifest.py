@@ -73,6 +73,7 @@ def select(
     where: Mapping[str, Sequence[Any]] | None = None,
     limit: int | None = None,
     seed: int = 0,
+    columns: Sequence[str] = (),
 ) -> Selection:
     """Choose samples of a dataset.
 
@@ -82,6 +83,7 @@ def select(
         where: allowed values by column, such as `{"split": ["train"]}`; the column `labelled` takes `[True]`.
         limit: take only this many samples, chosen by a hash of (seed, row); all when None.
         seed: of that choice.
+        columns: of the manifest that are wanted besides those that reading needs.
 
     Raises:
         ManifestError: no dataset there, a newer format, an unknown column, or nothing left.
@@ -90,11 +92,10 @@ def select(
     store = open_store(data)
     facts = read_facts(store)
     contract = Contract.from_json(facts["contract"]).restrict(modalities)
-    rows = read_table(store.get("manifest.parquet"), READ)
+    rows = read_table(store.get("manifest.parquet"), [*READ, *columns])
     rows = rows.filter(_mask(rows, where or {}))
-    if limit is not None and limit < rows.num_rows:
-        chosen = np.argsort(hash64(seed, Use.LIMIT, np.arange(rows.num_rows)), kind="stable")[:limit]
-        rows = rows.take(np.sort(chosen))
+    if limit is not None:
+        rows = some(rows, limit, seed)
     if rows.num_rows == 0:
         raise ManifestError(f"{data}: no sample fits where={dict(where or {})}; it holds {summary(store)}")
     filters = sorted((key, sorted(map(str, values))) for key, values in (where or {}).items())
@@ -103,6 +104,14 @@ def select(
     foreign = facts.get("foreign")
     tars = open_store(_beside(data, foreign["root"])) if foreign else store
     return Selection(tars, contract, rows.combine_chunks(), fingerprint, foreign)
+
+
+def some(rows: pa.Table, limit: int, seed: int = 0) -> pa.Table:
+    """At most `limit` of the rows in their order, chosen by a hash of (seed, row)."""
+    if limit >= rows.num_rows:
+        return rows
+    chosen = np.argsort(hash64(seed, Use.LIMIT, np.arange(rows.num_rows)), kind="stable")[:limit]
+    return rows.take(np.sort(chosen))
 
 
 def _beside(data: str, root: str) -> str:

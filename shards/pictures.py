@@ -76,6 +76,42 @@ def _relief(height: Picture) -> Picture:
     return np.asarray(right + down, dtype=np.float32)
 
 
+def terrain(
+    height: NDArray[Any], valid: NDArray[np.bool_], limits: tuple[float, float], steep: float
+) -> Picture:
+    """Heights [H, W] in metres as shaded relief with a tint of height [H, W, 3], lit from the upper left.
+
+    Args:
+        height: of the surface.
+        valid: where `height` is one; slopes beside other pixels count as flat.
+        limits: the heights that get the lowest and the highest colour.
+        steep: metres per pixel that are drawn as a slope of 45 degrees.
+    """
+    down, right = slopes(height, valid) / max(steep, 1e-6)
+    # Lambert's cosine law for light from 45 degrees above the horizon: (-1, -1, sqrt 2) / 2 in columns, rows, height.
+    light = ((down + right) / 2 + 0.5**0.5) / np.sqrt(1 + down**2 + right**2)
+    low, high = limits
+    tint = height_tint((np.where(valid, height, low) - low) / max(high - low, 1e-6))
+    image = tint * (0.25 + 0.75 * light.clip(0, 1) / 0.5**0.5)[..., None]
+    return np.asarray(image.clip(0, 1), dtype=np.float32)
+
+
+def height_tint(share: NDArray[Any]) -> Picture:
+    """Colours [..., 3] of heights, 0 the lowest and 1 the highest: green, yellow, brown, white; no blue, no water."""
+    stops = np.array([[110, 160, 105], [205, 210, 140], [214, 176, 115], [160, 115, 80], [245, 243, 240]]) / 255
+    places = np.linspace(0, 1, len(stops))
+    channels = [np.interp(share, places, stops[:, channel]) for channel in range(3)]
+    return np.stack(channels, axis=-1).astype(np.float32)
+
+
+def slopes(height: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Rise per pixel [2, H, W] of heights [H, W], downwards and to the right; 0 beside invalid pixels."""
+    whole = np.pad(valid, 1, mode="edge")
+    inside = whole[1:-1, 2:] & whole[1:-1, :-2] & whole[2:, 1:-1] & whole[:-2, 1:-1] & valid
+    down, right = np.gradient(np.where(valid, height, 0).astype(np.float32))
+    return np.stack([down, right]) * inside
+
+
 def coloured(numbers: NDArray[Any], classes: Classes) -> Picture:
     """Class numbers [H, W] as a picture in the colours of the classes; other numbers grey."""
     table = np.full((256, 3), GREY, dtype=np.float32)
@@ -91,5 +127,5 @@ def plain(text: str) -> str:
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file; equal figures give equal bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi="figure", metadata={"Software": None})
     return buffer.getvalue()

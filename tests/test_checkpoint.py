@@ -167,7 +167,7 @@ def test_a_run_of_another_stage_is_refused(tmp_path: Path) -> None:
 def test_other_data_are_refused(tmp_path: Path) -> None:
     open_own(config(tmp_path, "run"))
     save(tmp_path / "run", 1)
-    with pytest.raises(ConfigError, match=r"fingerprint data, but .* now gives other"):
+    with pytest.raises(ConfigError, match=r"fingerprint data until step 1, other from then on.*stream=restart"):
         open_own(config(tmp_path, "run"), "other")
 
 

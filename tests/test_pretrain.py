@@ -65,6 +65,20 @@ def test_a_finished_run_is_left_as_it_is(folder: Path, trained: Path) -> None:
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_grown_dataset_needs_stream_restart_and_then_goes_on(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pretrain(config(folder, "growing", steps=3, checkpoint_every=2))
+    (folder / "growing/checkpoints/step-000003").rename(folder / "step-3-gone")
+    write_dataset(folder / "more", samples=24)
+    grown = config(folder, "growing", steps=3, checkpoint_every=2, data=str(folder / "more"))
+    with pytest.raises(ConfigError, match="has changed since run .*until step 2.*write stream=restart to go on"):
+        pretrain(grown)
+    run = pretrain(replace(grown, stream="restart"))
+    assert "the selection has changed" in caplog.text and "position 8 of the new order" in caplog.text
+    assert [line["step"] for line in log.read(run)] == [1, 2, 3]
+    (found,) = {checkpoint.find(run).facts["fingerprint"]}
+    assert found != checkpoint.find(folder / "growing/checkpoints/step-000002").facts["fingerprint"]
+
+
 def test_start_takes_the_parameters_and_not_the_steps(folder: Path, trained: Path) -> None:
     run = pretrain(config(folder, "started", start=str(trained), steps=2, optim={"lr": 1e-9}))
     lines = log.read(run)

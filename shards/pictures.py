@@ -76,9 +76,7 @@ def _relief(height: Picture) -> Picture:
     return np.asarray(right + down, dtype=np.float32)
 
 
-def terrain(
-    height: NDArray[Any], valid: NDArray[np.bool_], limits: tuple[float, float], steep: float
-) -> Picture:
+def terrain(height: NDArray[Any], valid: NDArray[np.bool_], limits: tuple[float, float], steep: float) -> Picture:
     """Heights [H, W] in metres as shaded relief with a tint of height [H, W, 3], lit from the upper left.
 
     Args:

@@ -9,13 +9,13 @@ from io import BytesIO
 from typing import Any
 
 import crc32c
-import numpy as np
 import pyarrow.compute as pc
 from tqdm import tqdm
 
 from shards.contract import Contract
 from shards.manifest import read_facts, select
 from shards.sample import decode
+from shards.shifts import LIMITS, Shifts
 from shards.store import Store, StoreError, open_store
 from shards.stream import Share, Stream
 from shards.tables import read_table
@@ -65,23 +65,17 @@ def registration(data: str) -> list[str]:
     """How far the modalities of a dataset lie off the first one, a line each, from the manifest's column `shift`."""
     store = open_store(data)
     first, *others = Contract.from_json(read_facts(store)["contract"]).sensors
-    shifts = read_table(store.get("manifest.parquet"), ["shift"])["shift"].to_pylist()
-    return [
-        _distribution(first, name, [row[name] for row in shifts if row and row[name]], len(shifts)) for name in others
-    ]
+    shifts = read_table(store.get("manifest.parquet"), ["shift"])["shift"]
+    return [_distribution(first, name, Shifts.of(shifts, name)) for name in others]
 
 
-def _distribution(first: str, name: str, found: list[list[float]], samples: int) -> str:
-    title = f"{name} against {first}: shift measured in {len(found)} of {samples} samples"
-    if not found:
+def _distribution(first: str, name: str, found: Shifts) -> str:
+    title = f"{name} against {first}: shift measured in {found.measured} of {found.samples} samples"
+    if not found.measured:
         return title
-    shifts = np.asarray(found, np.float64)
-    lengths = np.hypot(*shifts.T)
-    median, most = np.percentile(lengths, [50, 90])
-    rows, cols = np.median(shifts, axis=0)
-    over = ", ".join(f"{(lengths > limit).sum()} over {limit} px" for limit in (1, 2, 4))
-    whole = f"on the whole {rows:+.2f} rows, {cols:+.2f} columns"
-    return f"{title}; median {median:.2f} px, 90 % within {most:.2f} px; {over}; {whole}"
+    over = ", ".join(f"{count} over {limit} px" for count, limit in zip(found.over, LIMITS, strict=True))
+    whole = f"on the whole {found.rows:+.2f} rows, {found.cols:+.2f} columns"
+    return f"{title}; median {found.median:.2f} px, 90 % within {found.most:.2f} px; {over}; {whole}"
 
 
 def _verify_shard(

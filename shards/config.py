@@ -119,7 +119,7 @@ class ShardsConfig:
     label: Label | None = Field(default=None, description="classes, when the archive is labelled")
     tile: Tiling = Tiling()
     split: Split | None = Field(default=None, description="splits by geography; the archive's own when absent")
-    encoding: Encoding = Field(default="blosc2-zstd", description="of arrays: blosc2-zstd, blosc2-lz4 or npy")
+    encoding: Encoding = Field(default="blosc2-zstd", description="of arrays: blosc2-zstd, blosc2-lz4, npy or geotiff")
     samples_per_shard: int = Field(default=512, ge=1, description="tiles planned per shard")
     on_error: Literal["fail", "skip"] = Field(default="fail", description="what an unusable place does")
     workers: int = Field(default=1, ge=1, description="processes")

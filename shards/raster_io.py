@@ -6,6 +6,7 @@ Formats: GeoTIFF (OGC 19-008r4) and Cloud-Optimised GeoTIFF (OGC 21-026).
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -19,6 +20,8 @@ import rasterio.warp
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.io import MemoryFile
 from rasterio.shutil import copy as rio_copy
 from shapely.geometry import mapping
 
@@ -64,6 +67,35 @@ def write_geotiff(
         if colormap is not None:
             raster.write_colormap(1, dict(colormap))
     os.replace(temporary, path)
+
+
+def to_geotiff_bytes(values: NDArray[Any], crs: str | None, transform: Transform) -> bytes:
+    """`values` [C, H, W] as a GeoTIFF of one block (deflate with predictor), for use inside other files."""
+    options: dict[str, Any] = {"compress": "deflate", "predictor": 3 if values.dtype.kind == "f" else 2, "zlevel": 6}
+    options |= {"blockysize": values.shape[1], "interleave": "band"}
+    with warnings.catch_warnings(), MemoryFile() as memory:
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with memory.open(
+            driver="GTiff", count=values.shape[0], height=values.shape[1], width=values.shape[2], dtype=values.dtype,
+            crs=crs, transform=Affine(*transform), **options,
+        ) as raster:  # fmt: skip
+            raster.write(values)
+        return bytes(memory.read())
+
+
+def from_geotiff_bytes(data: bytes) -> NDArray[Any]:
+    """Bands [C, H, W] of a GeoTIFF.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        with warnings.catch_warnings(), MemoryFile(data) as memory:
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with memory.open() as raster:
+                return np.asarray(raster.read())
+    except RasterioError as error:
+        raise ValueError(f"not a readable GeoTIFF ({len(data)} bytes): {error}") from None
 
 
 def read_classes(path: Path) -> NDArray[np.uint8]:

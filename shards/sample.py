@@ -24,7 +24,10 @@ FORMAT_VERSION = 1
 # Facts of a sample that only the manifest holds: they may be found anew without touching the shards.
 ONLY_IN_MANIFEST = ("shift", "split")
 
-Encoding = Literal["blosc2-zstd", "blosc2-lz4", "npy"]
+Encoding = Literal["blosc2-zstd", "blosc2-lz4", "npy", "geotiff"]
+EXTENSIONS: Mapping[Encoding, str] = MappingProxyType(
+    {"blosc2-zstd": "b2nd", "blosc2-lz4": "b2nd", "npy": "npy", "geotiff": "tif"}
+)
 
 _CODECS = {"blosc2-zstd": blosc2.Codec.ZSTD, "blosc2-lz4": blosc2.Codec.LZ4}
 
@@ -69,8 +72,21 @@ class Sample:
             raise ValueError(f"sample {self.key}: one H x W expected, given {sorted(shapes)}")
 
 
-def encode_array(values: NDArray[Any], encoding: Encoding) -> bytes:
-    """An array as self-describing bytes: a Blosc2 b2nd frame (byte shuffle, level 1) or NumPy's .npy format 1.0."""
+def encode_array(values: NDArray[Any], encoding: Encoding, meta: Mapping[str, Any] | None = None) -> bytes:
+    """An array as self-describing bytes: a Blosc2 frame (byte shuffle, level 1), NumPy's .npy format 1.0, or GeoTIFF.
+
+    Args:
+        values: [C, H, W] or [H, W].
+        encoding: of the config.
+        meta: for GeoTIFF, which carries them: `crs` and `transform`.
+    """
+    if encoding == "geotiff":
+        from shards.raster_io import to_geotiff_bytes  # GDAL, which no other encoding needs
+
+        bands = values.reshape(-1, *values.shape[-2:])
+        known = meta or {}
+        transform = tuple(known.get("transform") or (1.0, 0.0, 0.0, 0.0, 1.0, 0.0))
+        return to_geotiff_bytes(bands.astype(np.uint8) if bands.dtype == bool else bands, known.get("crs"), transform)
     if encoding == "npy":
         buffer = io.BytesIO()
         np.save(buffer, np.ascontiguousarray(values), allow_pickle=False)
@@ -82,37 +98,35 @@ def encode_array(values: NDArray[Any], encoding: Encoding) -> bytes:
 
 
 def decode_array(data: bytes, extension: str) -> NDArray[Any]:
-    """The array of a member whose name ends in `extension` (b2nd or npy).
+    """The array of a member whose name ends in `extension` (b2nd, npy or tif; the last always [C, H, W]).
 
     Raises:
         ValueError: another extension, or bytes that are not such an array.
     """
     if extension == "npy":
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+    if extension == "tif":
+        from shards.raster_io import from_geotiff_bytes
+
+        return from_geotiff_bytes(data)
     if extension != "b2nd":
-        raise ValueError(f"a member ending in .{extension}; arrays end in .b2nd or .npy")
+        raise ValueError(f"a member ending in .{extension}; arrays end in .b2nd, .npy or .tif")
     try:
         return np.asarray(blosc2.ndarray_from_cframe(data)[:])
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"not a readable b2nd array ({len(data)} bytes): {error}") from None
 
 
-def extension(encoding: Encoding) -> str:
-    """File name extension of arrays in this encoding."""
-    return "npy" if encoding == "npy" else "b2nd"
-
-
 def encode(sample: Sample, encoding: Encoding) -> dict[str, bytes]:
     """The members of one sample, name -> bytes, in the order in which they are written."""
-    ext = extension(encoding)
-    members: dict[str, bytes] = {}
+    arrays: dict[str, NDArray[Any]] = {}
     for name, tile in sample.tiles.items():
-        members[f"{sample.key}.{name}.{ext}"] = encode_array(tile.values, encoding)
-        members[f"{sample.key}.{name}.valid.{ext}"] = encode_array(tile.valid, encoding)
-    if sample.label is not None:
-        members[f"{sample.key}.label.{ext}"] = encode_array(sample.label, encoding)
-    if sample.instances is not None:
-        members[f"{sample.key}.instances.{ext}"] = encode_array(sample.instances, encoding)
+        arrays |= {name: tile.values, f"{name}.valid": tile.valid}
+    for name, plane in (("label", sample.label), ("instances", sample.instances)):
+        if plane is not None:
+            arrays[name] = plane
+    ext = EXTENSIONS[encoding]
+    members = {f"{sample.key}.{name}.{ext}": encode_array(a, encoding, sample.meta) for name, a in arrays.items()}
     times = {name: tile.time.isoformat() for name, tile in sample.tiles.items() if tile.time is not None}
     facts = {"format_version": FORMAT_VERSION, "key": sample.key, "times": times, **sample.meta}
     facts = {name: value for name, value in facts.items() if name not in ONLY_IN_MANIFEST}
@@ -140,6 +154,20 @@ def decode(members: Mapping[str, bytes], sensors: tuple[str, ...] = ()) -> Sampl
     tiles = {}
     for name in sensors or found:
         time = datetime.fromisoformat(times[name]) if name in times else None
-        tiles[name] = Tile(decode_array(*arrays[name]), decode_array(*arrays[f"{name}.valid"]), time)
-    label, instances = (decode_array(*arrays[n]) if n in arrays else None for n in ("label", "instances"))
+        tiles[name] = Tile(
+            decode_array(*arrays[name]), _plane(arrays[f"{name}.valid"]).astype(np.bool_, copy=False), time
+        )
+    label, instances = (_plane(arrays[n]) if n in arrays else None for n in ("label", "instances"))
     return Sample(facts.pop("key"), tiles, label, facts, instances)
+
+
+def decode_webdataset(item: Mapping[str, Any]) -> Sample:
+    """One item of `webdataset.WebDataset`, undecoded, as a Sample: `WebDataset(urls).map(decode_webdataset)`."""
+    key = item["__key__"]
+    return decode({f"{key}.{name}": data for name, data in item.items() if not name.startswith("__")})
+
+
+def _plane(member: tuple[bytes, str]) -> NDArray[Any]:
+    """An array [H, W]."""
+    array = decode_array(*member)
+    return array.reshape(array.shape[-2:])

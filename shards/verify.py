@@ -6,16 +6,19 @@ import hashlib
 import tarfile
 from collections.abc import Iterator, Mapping
 from io import BytesIO
+from itertools import groupby
 from typing import Any
 
 import crc32c
+import numpy as np
 import pyarrow.compute as pc
 from tqdm import tqdm
 
 from shards.contract import Contract
 from shards.manifest import read_facts, select
-from shards.sample import decode
+from shards.sample import Sample, decode
 from shards.shifts import LIMITS, Shifts
+from shards.statistics import BandStatistics, measure, merge
 from shards.store import Store, StoreError, open_store
 from shards.stream import Share, Stream
 from shards.tables import read_table
@@ -38,10 +41,28 @@ def verify(data: str) -> list[str]:
     contract = Contract.from_json(facts["contract"])
     if "foreign" in facts:
         return [*found, *_verify_foreign(data, facts["shards"])]
+    by_shard = {name: list(mine) for name, mine in groupby(rows, key=lambda row: row["shard"])}
+    statistics: dict[str, BandStatistics] = {}
     for name, shard in tqdm(facts["shards"].items(), "verify", unit="shard", disable=None, leave=False):
-        mine = [row for row in rows if row["shard"] == f"{name}.tar"]
-        found += _verify_shard(store, f"{name}.tar", shard["sha256"], mine, contract)
-    return found
+        tar = f"{name}.tar"
+        for seen in _verify_shard(store, tar, shard["sha256"], by_shard.get(tar, []), contract):
+            if isinstance(seen, Sample):
+                statistics = merge(statistics, measure(seen))
+            else:
+                found.append(f"{tar}: {seen}")
+    return found or list(_verify_statistics(facts["statistics"], statistics))
+
+
+def _verify_statistics(told: Mapping[str, Any], found: Mapping[str, BandStatistics]) -> Iterator[str]:
+    """Statistics of dataset.json against those of all samples, taken anew."""
+    for name, values in told.items():
+        was, now = BandStatistics.from_json(values), found[name]
+        same = was.count == now.count and all(
+            np.allclose(getattr(was, part), getattr(now, part), rtol=1e-6, atol=1e-9)
+            for part in ("mean", "std", "low", "high", "histogram")
+        )
+        if not same:
+            yield f"dataset.json: statistics of {name} are not those of its samples"
 
 
 def _verify_foreign(data: str, tars: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
@@ -80,39 +101,44 @@ def _distribution(first: str, name: str, found: Shifts) -> str:
 
 def _verify_shard(
     store: Store, name: str, sha256: str, rows: list[dict[str, Any]], contract: Contract
-) -> Iterator[str]:
+) -> Iterator[Sample | str]:
+    """The samples of one tar that can be read, and what is wrong."""
     try:
         data = store.get(name)
     except StoreError as error:
         yield str(error)
         return
     if hashlib.sha256(data).hexdigest() != sha256:
-        yield f"{name}: sha256 differs from dataset.json"
+        yield "sha256 differs from dataset.json"
     try:
         with tarfile.open(fileobj=BytesIO(data)) as tar:
             members = [member.name for member in tar]
     except tarfile.TarError as error:
-        yield f"{name}: not a readable tar: {error}"
+        yield f"not a readable tar: {error}"
         return
     if members != [member["name"] for row in rows for member in row["members"]]:
-        yield f"{name}: members differ from the manifest"
+        yield "members differ from the manifest"
     for row in rows:
-        yield from (f"{name}: {row['key']}: {problem}" for problem in _verify_sample(data, row, contract))
+        try:
+            sample = _decoded(data, row, contract)
+        except ValueError as error:
+            yield f"{row['key']}: {error}"
+            continue
+        yield sample
+        yield from (f"{row['key']}: {problem}" for problem in _verify_sample(sample, row, contract))
 
 
-def _verify_sample(data: bytes, row: dict[str, Any], contract: Contract) -> Iterator[str]:
+def _decoded(data: bytes, row: dict[str, Any], contract: Contract) -> Sample:
     parts, checksum = {}, 0
     for member in row["members"]:
         parts[member["name"]] = data[member["offset"] : member["offset"] + member["bytes"]]
         checksum = crc32c.crc32c(parts[member["name"]], checksum)
     if checksum != row["checksum"]:
-        yield "checksum differs"
-        return
-    try:
-        sample = decode(parts, contract.sensors)
-    except ValueError as error:
-        yield f"not decodable: {error}"
-        return
+        raise ValueError("checksum differs")
+    return decode(parts, contract.sensors)
+
+
+def _verify_sample(sample: Sample, row: dict[str, Any], contract: Contract) -> Iterator[str]:
     if sample.key != row["key"]:
         yield f"holds key {sample.key}"
     for name, tile in sample.tiles.items():

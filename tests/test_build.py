@@ -263,6 +263,15 @@ def test_a_damaged_shard_is_found_by_reading_and_by_verify(dataset: Path, tmp_pa
     assert any("shard-000002.tar" in problem for problem in verify(str(tmp_path)))
 
 
+def test_statistics_that_are_not_those_of_the_samples_are_found(dataset: Path, tmp_path: Path) -> None:
+    for name, data in contents(dataset / "data").items():
+        (tmp_path / name).write_bytes(data)
+    facts = json.loads((tmp_path / "dataset.json").read_text())
+    facts["statistics"]["s1"]["mean"][1] += 0.01
+    (tmp_path / "dataset.json").write_text(json.dumps(facts))
+    assert verify(str(tmp_path)) == ["dataset.json: statistics of s1 are not those of its samples"]
+
+
 def test_listing_is_what_the_stream_gives(dataset: Path) -> None:
     from shards.listing import listing
 

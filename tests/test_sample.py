@@ -7,16 +7,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
+import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.sample import ONLY_IN_MANIFEST, Encoding, Sample, Tile, decode, decode_array, encode, encode_array
+from shards.sample import (
+    EXTENSIONS,
+    ONLY_IN_MANIFEST,
+    Encoding,
+    Sample,
+    Tile,
+    decode,
+    decode_array,
+    decode_webdataset,
+    encode,
+    encode_array,
+)  # fmt: skip
 from shards.statistics import measure, merge
 from shards.store import open_store
 from shards.write import write_shard
 from tests.small_dataset import make_sample
 
-ENCODINGS: list[Encoding] = ["blosc2-zstd", "blosc2-lz4", "npy"]
+ENCODINGS: list[Encoding] = ["blosc2-zstd", "blosc2-lz4", "npy", "geotiff"]
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -40,7 +53,7 @@ def test_a_sample_comes_back_as_it_was(encoding: Encoding) -> None:
 @settings(max_examples=20)
 def test_arrays_of_any_shape_and_type(encoding: Encoding, shape: tuple[int, int, int], dtype: str) -> None:
     values = (np.random.default_rng(0).random(shape) * 200).astype(dtype)
-    found = decode_array(encode_array(values, encoding), "npy" if encoding == "npy" else "b2nd")
+    found = decode_array(encode_array(values, encoding), EXTENSIONS[encoding])
     np.testing.assert_array_equal(found, values)
     assert found.dtype == values.dtype
 
@@ -59,6 +72,8 @@ def test_foreign_and_damaged_members_are_named() -> None:
     with pytest.raises(ValueError, match="not a readable b2nd"):
         decode_array(b"abc", "b2nd")
     with pytest.raises(ValueError, match="arrays end in"):
+        decode_array(b"abc", "png")
+    with pytest.raises(ValueError, match=r"not a readable GeoTIFF \(3 bytes\)"):
         decode_array(b"abc", "tif")
 
 
@@ -85,8 +100,28 @@ def test_the_same_samples_give_the_same_bytes_and_a_plain_tar(tmp_path: Path) ->
                 assert file.read() == store.get("a.tar")[start : start + member["bytes"]]
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_webdataset_with_our_decoder_gives_our_samples(tmp_path: Path, encoding: Encoding) -> None:
+    write_shard([make_sample(i) for i in range(3)], open_store(tmp_path), "shard-000000", encoding)
+    tar = str(tmp_path / "shard-000000.tar")
+    found = list(webdataset.WebDataset(tar, shardshuffle=False).map(decode_webdataset))
+    assert [sample.key for sample in found] == [make_sample(i).key for i in range(3)]
+    for number, sample in enumerate(found):
+        for name, tile in make_sample(number).tiles.items():
+            np.testing.assert_array_equal(sample.tiles[name].values, tile.values)
+            np.testing.assert_array_equal(sample.tiles[name].valid, tile.valid)
+
+
+def test_geotiff_members_say_where_they_lie(tmp_path: Path) -> None:
+    sample = make_sample(1)
+    grid = {"crs": "EPSG:32633", "transform": [10.0, 0.0, 500000.0, 0.0, -10.0, 5300000.0]}
+    members = encode(Sample(sample.key, sample.tiles, sample.label, grid), "geotiff")
+    with rasterio.MemoryFile(members[f"{sample.key}.s1.tif"]) as memory, memory.open() as raster:
+        assert raster.crs.to_epsg() == 32633 and list(raster.transform)[:6] == grid["transform"]
+        np.testing.assert_array_equal(raster.read(), sample.tiles["s1"].values)
+
+
 def test_webdataset_reads_the_tar(tmp_path: Path) -> None:
-    webdataset = pytest.importorskip("webdataset")
     write_shard([make_sample(i) for i in range(3)], open_store(tmp_path), "shard-000000", "npy")
     found = list(webdataset.WebDataset(str(tmp_path / "shard-000000.tar"), shardshuffle=False).decode())
     assert [item["__key__"] for item in found] == [make_sample(i).key for i in range(3)]

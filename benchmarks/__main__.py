@@ -10,7 +10,7 @@ from importlib import import_module
 
 from benchmarks.timing import machine
 
-NAMES = ("reading", "registration", "scan", "tiling", "training")
+NAMES = ("encoding", "reading", "registration", "scan", "tiling", "training")
 STUDIES = ("corrections",)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import rasterio
@@ -15,15 +17,21 @@ from numpy.typing import NDArray
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader, MemoryFile
+from rasterio.session import AWSSession
 from rasterio.windows import Window as RasterWindow
 
 from shards.grid import Grid, Window
 from shards.scene import Asset, SceneError
-from shards.store import gdal_options
+from shards.store import open_store
 
 CONTAINERS = (".zarr.zip", ".h5", ".parquet", ".tar")
 CACHE_MB = 512  # of decoded blocks per process: a row of tiles across a large JPEG 2000 or striped file stays in it
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+REMOTE = ("s3://", "/vsicurl/")
+ATTEMPTS = 8  # at a remote file, each after GDAL's own
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Raster(Protocol):
@@ -89,38 +97,75 @@ class ArrayRaster:
         return np.asarray((values != self.nodata).all(axis=0))
 
 
+class _File:
+    """A file that is open in GDAL. A remote one that fails is opened again: GDAL keeps what a cut connection left."""
+
+    def __init__(self, path: str, memory: MemoryFile | None) -> None:
+        self._open = memory.open if memory else partial(rasterio.open, path.replace("s3://", "/vsis3/", 1))
+        self._path, self._reader = path, None
+        self._attempts = ATTEMPTS if memory is None and path.startswith(REMOTE) else 1
+
+    def ask(self, question: Callable[[DatasetReader], T]) -> T:
+        """What a question to the reader gives; SceneError when the file is absent, unreadable or damaged."""
+        for attempt in range(1, self._attempts + 1):
+            try:
+                if self._reader is None:
+                    self._reader = self._open()
+                return question(self._reader)
+            except RasterioError as error:
+                trouble = f"{'damaged' if self._reader else 'not readable'}: {error}"
+                self.close()
+            if attempt < self._attempts:
+                self._look()
+                log.info("%s: %s; opening it again", self._path, trouble)
+        raise SceneError(self._path, trouble)
+
+    def _look(self) -> None:
+        """Waits until the server answers again, and tells better than GDAL what does not pass."""
+        bucket, _, key = self._path.removeprefix("s3://").partition("/")
+        if self._path.startswith("s3://") and not open_store(f"s3://{bucket}").exists(key):
+            raise SceneError(self._path, "not found; check the address, and AWS_ENDPOINT_URL")
+
+    def close(self) -> None:
+        """Closes the reader."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+
 class FileRaster:
     """A raster file that is open in GDAL. An alpha band is a mask, not a band."""
 
-    def __init__(self, reader: DatasetReader, name: str) -> None:
-        self._reader, self.name = reader, name
+    def __init__(self, file: _File, name: str) -> None:
+        self._file, self.name = file, name
+        file.ask(self._describe)
+
+    def _describe(self, reader: DatasetReader) -> None:
+        if any("complex" in str(dtype) for dtype in reader.dtypes):
+            raise SceneError(self.name, "holds complex values; detect it first (amplitude or intensity, then dB)")
         self._alpha = [i for i, kind in enumerate(reader.colorinterp, 1) if kind is ColorInterp.alpha]
         self._bands = [i for i, kind in enumerate(reader.colorinterp, 1) if kind is not ColorInterp.alpha]
         self._masked = any(flags != [MaskFlags.all_valid] for flags in reader.mask_flag_enums)
         self.names = tuple(reader.descriptions[i - 1] or "" for i in self._bands)
         self.dtype = np.result_type(*(reader.dtypes[i - 1] for i in self._bands))
         self.nodata = reader.nodata
-        self.grid = _grid_of(reader, name)
+        self.grid = _grid_of(reader, self.name)
 
     def read(self, indexes: Sequence[int], window: Window) -> NDArray[Any]:
         """Bands (from 1, alpha not counted) of a window, [C, h, w]."""
-        try:
-            return np.asarray(self._reader.read(self._numbers(indexes), window=_part(window)))
-        except RasterioError as error:
-            raise SceneError(self.name, f"damaged: {error}") from error
+        return np.asarray(self._file.ask(lambda reader: reader.read(self._numbers(indexes), window=_part(window))))
 
     def mask(self, indexes: Sequence[int], window: Window) -> NDArray[np.bool_]:
         """Pixels [h, w] that nodata, masks and alpha let through."""
-        part = _part(window)
-        try:
-            found = np.ones((window.height, window.width), np.bool_)
-            if self._masked:
-                found &= (self._reader.read_masks(self._numbers(indexes), window=part) > 0).all(axis=0)
-            if self._alpha:  # GDAL's masks know of alpha only in files of two or four bands
-                found &= (self._reader.read(self._alpha, window=part) > 0).all(axis=0)
-            return found
-        except RasterioError as error:
-            raise SceneError(self.name, f"damaged: {error}") from error
+        return self._file.ask(lambda reader: self._mask(reader, self._numbers(indexes), window))
+
+    def _mask(self, reader: DatasetReader, numbers: Sequence[int], window: Window) -> NDArray[np.bool_]:
+        found = np.ones((window.height, window.width), np.bool_)
+        if self._masked:
+            found &= (reader.read_masks(numbers, window=_part(window)) > 0).all(axis=0)
+        if self._alpha:  # GDAL's masks know of alpha only in files of two or four bands
+            found &= (reader.read(self._alpha, window=_part(window)) > 0).all(axis=0)
+        return found
 
     def _numbers(self, indexes: Sequence[int]) -> list[int]:
         return [self._bands[index - 1] for index in indexes]
@@ -164,14 +209,16 @@ def open_raster(asset: Asset) -> Iterator[Raster]:
 @contextmanager
 def open_file(path: str, content: bytes | None = None) -> Iterator[FileRaster]:
     """A raster file by its path or s3:// address, or the `content` of one that is named `path` in messages."""
-    with rasterio.Env(GDAL_CACHEMAX=CACHE_MB, **gdal_options(path)), warnings.catch_warnings():
+    with _environment(path), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # said by us where it matters
-        memory = None if content is None else MemoryFile(content)
-        try:
-            reader = memory.open() if memory else rasterio.open(path.replace("s3://", "/vsis3/", 1))
-        except RasterioError as error:
-            raise SceneError(path, f"not readable: {error}") from error
-        with reader:
-            if any("complex" in str(dtype) for dtype in reader.dtypes):
-                raise SceneError(path, "holds complex values; detect it first (amplitude or intensity, then dB)")
-            yield FileRaster(reader, path)
+        with closing(_File(path, None if content is None else MemoryFile(content))) as file:
+            yield FileRaster(file, path)
+
+
+def _environment(path: str) -> rasterio.Env:
+    if not path.startswith(REMOTE):
+        return rasterio.Env(GDAL_CACHEMAX=CACHE_MB)
+    from shards.s3 import gdal_options, session
+
+    credentials = AWSSession(session()) if path.startswith("s3://") else None
+    return rasterio.Env(credentials, GDAL_CACHEMAX=CACHE_MB, **gdal_options(path))

@@ -22,13 +22,13 @@ FLOORS = {
 }
 STAGES = {"pretrain", "finetune", "evaluate", "predict", "export"}
 ONLY = {
-    "boto3": {"shards/store.py"},
-    "botocore": {"shards/store.py"},
+    "boto3": {"shards/s3.py"},
+    "botocore": {"shards/s3.py", "shards/s3_errors.py"},
     "rasterio": {"shards/raster.py", "shards/tile.py", "shards/raster_io.py"},
     "submitit": {"launchers/slurm.py"},
     "deepspeed": {"pipeline/engine.py"},
 }
-ENVIRONMENT = {"pipeline/ranks.py", "shards/store.py", "launchers/command.py"}
+ENVIRONMENT = {"pipeline/ranks.py", "shards/s3.py", "launchers/command.py"}
 PLAIN = ["pipeline", "shards", "shards.sensors", "shards.contract", "pipeline.model", "pipeline.model.config"]
 
 

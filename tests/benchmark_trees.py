@@ -8,13 +8,9 @@ from typing import Any
 import numpy as np
 
 import configs
-from shards.archives import open_archive
-from shards.build import build
-from shards.manifest import select
 from shards.raster_io import write_geotiff
-from shards.scene import LeftOut, Place
-from shards.stream import Share, Stream
-from shards.verify import verify
+from shards.scene import Place
+from tests.archive_checks import built_samples, discover
 from tests.scenes import ORIGIN, UTM, north_up
 
 SIZE = 32
@@ -43,11 +39,8 @@ def codes(allowed: list[int], dtype: type = np.uint8, bands: int = 1) -> np.ndar
 
 def found(name: str, root: Path) -> tuple[dict[str, Place], dict[str, str]]:
     """Places by name, and why the rest was left out."""
-    items = list(open_archive(name, str(root)))
-    places = [item for item in items if isinstance(item, Place)]
-    assert len({place.name for place in places}) == len(places)
-    assert list(open_archive(name, str(root))) == items, "the order is not fixed"
-    return {place.name: place for place in places}, {i.name: i.reason for i in items if isinstance(i, LeftOut)}
+    places, left_out = discover(name, root)
+    return places, {item.name: item.reason for item in left_out}
 
 
 def sensors(place: Place) -> list[str]:
@@ -57,9 +50,7 @@ def sensors(place: Place) -> list[str]:
 def built(preset: str, root: Path, out: Path, *overrides: str) -> dict[str, Any]:
     """The samples that a preset makes of an archive, by key."""
     settings = [f"archive.root={root}", f"out={out}", f"tile.size={SIZE}", "workers=1", *overrides]
-    build(configs.load(preset, settings))
-    assert verify(str(out)) == []
-    return {sample.key: sample for sample, _ in Stream(select(str(out)), 0, 1, Share(1)).once()}
+    return built_samples(configs.load(preset, settings))
 
 
 def merged(raw: np.ndarray[Any, Any], preset: str) -> np.ndarray[Any, Any]:

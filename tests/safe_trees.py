@@ -17,6 +17,7 @@ from rasterio.crs import CRS
 from shards.sensors import SENSORS
 
 L1C, L2A = "s2-l1c", "s2-l2a"
+UTM34, ORIGIN = "EPSG:32634", (300000.0, 6100020.0)
 SIZE = 96  # pixels of 10 m; 16 of 60 m
 NATIVE = {band.name: int(band.resolution) for band in SENSORS[L1C].bands}
 ORDER = SENSORS[L1C].band_names  # also that of band_id
@@ -26,7 +27,7 @@ def two_digits(band: str) -> str:
     return re.sub(r"^B(\d)$", r"B0\1", band)
 
 
-def jp2(path: Path, values: np.ndarray, metres: int, origin: tuple[float, float], crs: str = "EPSG:32634") -> None:
+def jp2(path: Path, values: np.ndarray, metres: int, origin: tuple[float, float], crs: str = UTM34) -> None:
     """Lossless JPEG 2000 of `values` [C, H, W]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with rasterio.open(
@@ -61,7 +62,7 @@ class Safe:
     generated: str = "20230823T120234"
     style: str = "new"
     offset: int | None = -1000
-    origin: tuple[float, float] = (300000.0, 6100020.0)
+    origin: tuple[float, float] = ORIGIN
     quantification: int = 10000
     strip: str = "20230823T095553"
     numbers: dict[str, np.ndarray] = field(default_factory=dict)

@@ -18,8 +18,9 @@ from shards.plan import BuildError, plan
 from shards.store import open_store
 from shards.stream import Share, Stream
 from shards.verify import verify
+from tests.benchmark_trees import SIZE
 from tests.scenes import make_archive, shards_config
-from tests.test_archives_pretraining import SIZE, terramesh, values
+from tests.terramesh_trees import terramesh, values
 
 
 def config(root: Path, out: Path, *overrides: str) -> Any:

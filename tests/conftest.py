@@ -15,8 +15,9 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests.services import s3, slurm
+from tests.services import slurm
 from tests.services.cluster import Cluster
+from tests.services.s3 import shared
 
 # A shared machine is no stopwatch.
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
@@ -48,7 +49,9 @@ class Need:
 SERVICES = "`make services` starts it (root, Debian)"
 NEEDS = {
     "slurm": Need(slurm.available, "no Slurm of the tests answers", SERVICES, required_in_ci=True),
-    "s3": Need(s3.available, f"no S3 server answers at {s3.ENDPOINT}", SERVICES, required_in_ci=True),
+    "s3": Need(
+        lambda: shared().available(), f"no S3 server answers at {shared().endpoint}", SERVICES, required_in_ci=True
+    ),
     "browser": Need(_has_chromium, "no chromium is installed", "`apt-get install chromium`", required_in_ci=True),
     "gpu": Need(_has_gpu, "no CUDA device", "run the tests on a machine with one"),
     "real_data": Need(REAL_DATA.is_dir, f"{REAL_DATA} is absent", "put the data there"),
@@ -110,7 +113,7 @@ def s3_bucket() -> Iterator[str]:
     """A bucket of this session, removed with all it holds at the end."""
     import boto3
 
-    key = s3.environment()
+    key = shared().environment()
     server = boto3.resource(
         "s3",
         endpoint_url=key["AWS_ENDPOINT_URL"],
@@ -127,6 +130,6 @@ def s3_bucket() -> Iterator[str]:
 @pytest.fixture
 def s3_url(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty place, s3://BUCKET/PREFIX, and the environment to reach it; for tests marked `s3`."""
-    for name, value in s3.environment().items():
+    for name, value in shared().environment().items():
         monkeypatch.setenv(name, value)
     return f"s3://{s3_bucket}/{uuid.uuid4().hex[:12]}"

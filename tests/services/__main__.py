@@ -4,14 +4,15 @@ import argparse
 import os
 import sys
 
-from tests.services import ServiceError, root, s3, slurm
+from tests.services import ServiceError, root, slurm
+from tests.services.s3 import shared
 
 
 def main() -> int:
     """Runs one action on both services; returns the exit code: 0, or 1 with the reason on stderr."""
     parser = argparse.ArgumentParser("python -m tests.services", description=f"Slurm and S3 under {root()}")
     parser.add_argument("action", choices=("start", "status", "stop"))
-    action = parser.parse_args().action
+    action, s3 = parser.parse_args().action, shared()
     try:
         if action == "start":
             if os.geteuid() != 0:
@@ -25,8 +26,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     up = {"slurm": slurm.available(), "s3": s3.available()}
-    for name, module in (("slurm", slurm), ("s3", s3)):
-        settings = " ".join(f"{key}={value}" for key, value in module.environment().items())
+    for name, environment in (("slurm", slurm.environment()), ("s3", s3.environment())):
+        settings = " ".join(f"{key}={value}" for key, value in environment.items())
         print(f"{name}: {'answers' if up[name] else 'does not run'}   {settings}")
     return 0 if action == "stop" or all(up.values()) else 1
 

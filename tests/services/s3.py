@@ -5,92 +5,130 @@ answers ranged reads exactly. One replica on one disk, which must have extended 
 """
 
 import os
+import signal
 import sys
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.services import ServiceError, root
 from tests.services.daemon import Daemon, install, run
 
 VERSION = "2.38.3"
-PORT = 18081
-SERVERS = {"account": 18202, "container": 18201, "object": 18200}
-ENDPOINT = f"http://127.0.0.1:{PORT}"
+STORAGE = ("object", "container", "account")
 
 
-def folder() -> Path:
-    """Returns where this service keeps everything but its virtual environment."""
-    return root() / "s3"
+@dataclass(frozen=True)
+class Swift:
+    """One server; several may run side by side.
 
-
-def environment() -> dict[str, str]:
-    """Returns the variables through which any S3 client finds this server. The secret protects only tests."""
-    return {
-        "AWS_ENDPOINT_URL": ENDPOINT,
-        "AWS_ACCESS_KEY_ID": "test:tester",
-        "AWS_SECRET_ACCESS_KEY": "testing-on-loopback",
-        "AWS_REGION": "us-east-1",
-    }
-
-
-def start() -> None:
-    """Installs, configures and starts the server; does nothing where it runs.
-
-    Raises:
-        ServiceError: it cannot be installed, the disk has no extended attributes, or it does not come up.
+    Attributes:
+        folder: where it keeps everything but the virtual environment, which all share.
+        ports: of the S3 side, and of the servers behind it as in `STORAGE`.
     """
-    for name in ("etc", "disk/d1", "log"):
-        (folder() / name).mkdir(parents=True, exist_ok=True)
-    _check_disk()
-    _install()
-    _write_config()
-    daemons = _daemons()
-    for daemon in daemons:
-        daemon.start()
-    daemons[-1].wait_until(available)
+
+    folder: Path
+    ports: tuple[int, int, int, int] = (18081, 18200, 18201, 18202)
+
+    @property
+    def endpoint(self) -> str:
+        """The address of the S3 side."""
+        return f"http://127.0.0.1:{self.ports[0]}"
+
+    def environment(self) -> dict[str, str]:
+        """Returns the variables through which any S3 client finds this server. The secret protects only tests."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "test:tester",
+            "AWS_SECRET_ACCESS_KEY": "testing-on-loopback",
+            "AWS_REGION": "us-east-1",
+        }
+
+    def start(self) -> None:
+        """Installs, configures and starts the server; does nothing where it runs.
+
+        Raises:
+            ServiceError: it cannot be installed, the disk has no extended attributes, or it does not come up.
+        """
+        for name in ("etc", "disk/d1", "log"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self._check_disk()
+        _install()
+        self._write_config()
+        for daemon in self.daemons():
+            daemon.start()
+        self.daemons()[-1].wait_until(self.available)
+
+    def stop(self) -> None:
+        """Ends what `start` started."""
+        for daemon in reversed(self.daemons()):
+            daemon.stop()
+
+    def kill(self) -> None:
+        """Ends every process of the server at once and without warning, as a power cut would."""
+        for pid in [daemon.pid() for daemon in self.daemons()]:
+            if pid is not None:
+                os.killpg(pid, signal.SIGKILL)  # each daemon leads a group of its own, with its workers
+
+    def available(self) -> bool:
+        """Returns whether the server answers."""
+        try:
+            with urllib.request.urlopen(f"{self.endpoint}/info", timeout=3) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def daemons(self) -> list[Daemon]:
+        """Returns the three storage servers, and the proxy, which speaks S3, last."""
+        daemons = []
+        for name in (*STORAGE, "proxy"):
+            config = self.folder / "etc" / f"{name}-server.conf"
+            command = (str(_program(f"swift-{name}-server")), str(config), "--verbose")
+            daemons.append(Daemon(self.folder / "log", name, command))
+        return daemons
+
+    def _check_disk(self) -> None:
+        """Raises ServiceError where the file system keeps no extended attributes."""
+        try:
+            os.setxattr(self.folder / "disk", "user.swift.test", b"1")
+        except OSError as error:
+            raise ServiceError(
+                f"{self.folder}: the S3 server needs extended attributes on its disk ({error}). "
+                "Set MCF_SERVICES to a folder on another file system, such as ext4 or xfs"
+            ) from error
+
+    def _write_config(self) -> None:
+        """Writes the configuration, and the rings (which partition lies on which server) once."""
+        etc, disk = self.folder / "etc", self.folder / "disk"
+        (etc / "swift.conf").write_text(SWIFT_CONF)
+        key = self.environment()
+        user = f"user_{key['AWS_ACCESS_KEY_ID'].replace(':', '_')} = {key['AWS_SECRET_ACCESS_KEY']} .admin"
+        (etc / "proxy-server.conf").write_text(PROXY_CONF.format(etc=etc, port=self.ports[0], user=user))
+        for name, port in zip(STORAGE, self.ports[1:], strict=True):
+            config = STORAGE_CONF.format(etc=etc, disk=disk, name=name, port=port)
+            (etc / f"{name}-server.conf").write_text(config)
+            if not (etc / f"{name}.ring.gz").exists():
+                builder = [_program("swift-ring-builder"), etc / f"{name}.builder"]
+                (etc / f"{name}.builder").unlink(missing_ok=True)
+                run([*builder, "create", "4", "1", "0"])
+                run([*builder, "add", f"r1z1-127.0.0.1:{port}/d1", "1"])
+                run([*builder, "rebalance"])
 
 
-def stop() -> None:
-    """Ends what `start` started."""
-    for daemon in reversed(_daemons()):
-        daemon.stop()
+def shared() -> Swift:
+    """Returns the server that `python -m tests.services` starts."""
+    return Swift(root() / "s3")
 
 
-def available() -> bool:
-    """Returns whether the server answers."""
-    try:
-        with urllib.request.urlopen(f"{ENDPOINT}/info", timeout=3) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _daemons() -> list[Daemon]:
-    """Returns the three storage servers, and the proxy, which speaks S3, last."""
-    daemons = []
-    for name in (*SERVERS, "proxy"):
-        server = root() / "swift-venv" / "bin" / f"swift-{name}-server"
-        config = folder() / "etc" / f"{name}-server.conf"
-        daemons.append(Daemon(folder() / "log", name, (str(server), str(config), "--verbose")))
-    return daemons
-
-
-def _check_disk() -> None:
-    """Raises ServiceError where the file system keeps no extended attributes."""
-    try:
-        os.setxattr(folder() / "disk", "user.swift.test", b"1")
-    except OSError as error:
-        raise ServiceError(
-            f"{folder()}: the S3 server needs extended attributes on its disk ({error}). "
-            "Set MCF_SERVICES to a folder on another file system, such as ext4 or xfs"
-        ) from error
+def _program(name: str) -> Path:
+    return root() / "swift-venv" / "bin" / name
 
 
 def _install() -> None:
     """Makes the virtual environment and installs Swift, with the user's own pip settings."""
     venv = root() / "swift-venv"
-    if (venv / "bin" / "swift-proxy-server").exists():
+    if _program("swift-proxy-server").exists():
         return
     try:
         import ensurepip  # noqa: F401  Debian ships it apart
@@ -98,24 +136,7 @@ def _install() -> None:
         install({"(ensurepip)": "python3-venv"})
     print(f"installing swift=={VERSION}", flush=True)
     run([sys.executable, "-m", "venv", "--clear", venv])
-    run([venv / "bin" / "python", "-m", "pip", "install", "--quiet", f"swift=={VERSION}"])
-
-
-def _write_config() -> None:
-    """Writes the configuration, and the rings (which partition lies on which server) once."""
-    etc, values = folder() / "etc", {"etc": folder() / "etc", "disk": folder() / "disk"}
-    (etc / "swift.conf").write_text(SWIFT_CONF)
-    key = environment()
-    user = f"user_{key['AWS_ACCESS_KEY_ID'].replace(':', '_')} = {key['AWS_SECRET_ACCESS_KEY']} .admin"
-    (etc / "proxy-server.conf").write_text(PROXY_CONF.format(**values, port=PORT, user=user))
-    for name, port in SERVERS.items():
-        (etc / f"{name}-server.conf").write_text(STORAGE_CONF.format(**values, name=name, port=port))
-        if not (etc / f"{name}.ring.gz").exists():
-            builder = [root() / "swift-venv" / "bin" / "swift-ring-builder", etc / f"{name}.builder"]
-            (etc / f"{name}.builder").unlink(missing_ok=True)
-            run([*builder, "create", "4", "1", "0"])
-            run([*builder, "add", f"r1z1-127.0.0.1:{port}/d1", "1"])
-            run([*builder, "rebalance"])
+    run([_program("python"), "-m", "pip", "install", "--quiet", f"swift=={VERSION}"])
 
 
 SWIFT_CONF = """\

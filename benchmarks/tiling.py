@@ -29,7 +29,7 @@ from shards.build import build
 from shards.plan import plan
 from shards.sensors import SENSORS
 
-PIXELS, TILE = 4096, 256
+PIXELS, TILE, SCENES = 4096, 256, 4
 ORIGIN = (500000.0, 5300000.0)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tiled": {"tiled": True, "blockxsize": 256, "blockysize": 256},
@@ -170,12 +170,12 @@ def _build(folder: Path, scenes: Scenes) -> None:
 
     def with_workers(workers: int) -> Callable[[], object]:
         options = {"workers": workers, "samples_per_shard": 64}
-        return lambda: build(_config(folder, scenes, 2, out=str(folder / f"out{next(out)}"), **options))
+        return lambda: build(_config(folder, scenes, SCENES, out=str(folder / f"out{next(out)}"), **options))
 
     compare(
-        f"Shards of S2 + S1, two scenes of {PIXELS} x {PIXELS}, striped, deflate",
+        f"Shards of S2 + S1, {SCENES} scenes of {PIXELS} x {PIXELS}, striped, deflate",
         {
-            "read whole and slice, twice": lambda: (_whole(scenes), _whole(scenes)),
+            "read whole and slice": lambda: [_whole(scenes) for _ in range(SCENES)],
             "build": with_workers(1),
             "build, 2 processes": with_workers(2),
         },

@@ -30,5 +30,5 @@ def test_a_folder_without_the_archive_is_an_error_that_shows_the_layout(name: st
 def test_what_is_said_of_an_archive(name: str) -> None:
     known = about(name)
     assert known.title and known.licence.startswith("CC-BY") and "Copernicus" in known.attribution
-    assert known.source.startswith("https://") and set(known.notes) <= set(SENSORS)
+    assert known.source.startswith(("https://", "Hugging Face: ")) and set(known.notes) <= set(SENSORS)
     assert configs.load(f"shards-{name}").archive.name == name

@@ -25,6 +25,7 @@ SHARDS_DATA = {
     "verify": "check hashes, keys, checksums and contents",
     "stats": "print the statistics of every band",
     "order": "print which samples each rank sees at which step",
+    "show": "pictures and a page: contact sheet, map of footprints, histograms",
 }
 
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 when something cannot be done (one message on stderr); 2 for a mistake in the command itself; 85 when it
         was told to stop, saved, and can go on.
     """
-    parsed = _parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         return int(parsed.run(parsed) or 0)
     except KeyboardInterrupt:
@@ -53,6 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"mcf: {error}", file=sys.stderr)
         return 85 if type(error).__name__ == "Stopped" else 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; `key=value` may also stand after options, where argparse no longer expects any."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    given = next((vars(parsed)[name] for name in ("overrides", "settings") if name in parsed), None)
+    if rest and (given is None or any(item.startswith("-") or "=" not in item for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if given is not None:
+        given.extend(rest)
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,12 +111,18 @@ def _add_shards(commands: Any) -> None:
         "verify": _verify,
         "stats": _stats,
         "order": _order,
+        "show": _show,
     }
     for name, text in SHARDS_DATA.items():
         verb = verbs.add_parser(name, help=text)
         verb.add_argument("data", metavar="DATA", help="dataset folder, local or s3://")
         if name == "order":
             described = "global_batch=N seed=S step=K steps=M world=R rank=r lanes=L"
+            verb.add_argument("settings", nargs="*", metavar="key=value", help=described)
+        if name == "show":
+            verb.add_argument("--out", default="show", metavar="FOLDER", help="folder to write into [show]")
+            verb.add_argument("--samples", type=int, default=24, metavar="N", help="on the contact sheet [24]")
+            described = "only some samples: split=train,val group=... key=... shard=... labelled=true"
             verb.add_argument("settings", nargs="*", metavar="key=value", help=described)
         verb.set_defaults(run=runs[name])
 
@@ -234,6 +253,15 @@ def _order(parsed: argparse.Namespace) -> int:
     settings = dict(item.partition("=")[::2] for item in parsed.settings)
     for line in listing(parsed.data, settings):
         print(json.dumps(line))
+    return 0
+
+
+def _show(parsed: argparse.Namespace) -> int:
+    from shards.show import parse_where, show
+
+    where = parse_where(parsed.settings)
+    paths, missing = show(parsed.data, Path(parsed.out), samples=parsed.samples, where=where)
+    print("\n".join([*map(str, paths), *missing]))
     return 0
 
 

@@ -31,7 +31,7 @@ def readme_commands() -> list[str]:
 
 @pytest.mark.parametrize("line", readme_commands())
 def test_every_command_of_the_readme_and_docs_parses(line: str) -> None:
-    parsed = command._parser().parse_args(shlex.split(line)[1:])
+    parsed = command._parse(shlex.split(line)[1:])
     if hasattr(parsed, "config") and parsed.config in configs.presets():
         assert configs.stage_of(parsed.config) == getattr(parsed, "stage", "shards")
 
@@ -83,6 +83,19 @@ def test_mistakes_end_with_one_line_and_code_1(arguments: list[str], message: st
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith(message) and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_settings_may_stand_after_options(capsys: pytest.CaptureFixture[str]) -> None:
+    parsed = command._parse(["shards", "show", "data", "split=train", "--samples", "3", "group=a", "labelled=true"])
+    assert (parsed.data, parsed.samples) == ("data", 3)
+    assert parsed.settings == ["split=train", "group=a", "labelled=true"]
+    parsed = command._parse(["predict", "run", "--scene", "s1=a.tif", "--out", "m.tif", "window=64"])
+    assert parsed.overrides == ["window=64"]
+    for wrong in (["shards", "show", "data", "--colour=3"], ["shards", "verify", "data", "split=train"]):
+        with pytest.raises(SystemExit) as ended:
+            command._parse(wrong)
+        assert ended.value.code == 2
+    assert "unrecognized arguments: split=train" in capsys.readouterr().err
 
 
 def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

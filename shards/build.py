@@ -9,6 +9,7 @@ shard: what a killed builder leaves behind is at most a tar without record, whic
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -32,7 +33,7 @@ from shards.raster_io import footprint
 from shards.register import shift, stand_ins
 from shards.sample import Sample, Tile
 from shards.scene import LABEL, SceneError
-from shards.store import Store, open_store
+from shards.store import Store, open_store, told
 from shards.tile import OpenScene, is_empty, open_scene, read_cloud, read_tile
 from shards.write import ShardRecord, finish_shard, read_record, write_shard
 
@@ -57,9 +58,11 @@ def build(config: ShardsConfig) -> str:
     mine = [i for i in range(planned.shards) if i % parts == part - 1]
     finished = _finished(store, config, planned)
     todo = [i for i in mine if shard_name(config, i) not in finished]
-    _build_shards(config, planned, todo, len(mine) - len(todo))
+    retries = _build_shards(config, planned, todo, len(mine) - len(todo))
     if parts == 1:
-        merge(config, planned)
+        merge(config, planned, store)
+    if retries := retries + store.retries:
+        tqdm.write(f"{config.out}: {told(retries)}", file=sys.stderr)
     return config.out
 
 
@@ -76,16 +79,19 @@ def _finished(store: Store, config: ShardsConfig, planned: Plan) -> set[str]:
     return names
 
 
-def _build_shards(config: ShardsConfig, planned: Plan, todo: Sequence[int], done: int) -> None:
+def _build_shards(config: ShardsConfig, planned: Plan, todo: Sequence[int], done: int) -> Counter[str]:
+    """Builds shards under a progress bar; returns what had to be asked again of the store, by reason."""
     total = sum(len(planned.shard(index)) for index in todo)
     note = f" ({done} shards were finished before)" if done else ""
-    left_out = written = 0
+    left_out, written, retries = 0, 0, Counter[str]()
     with tqdm(total=total, desc=f"build{note}", unit="tile", disable=None) as bar:
         for record, tiles in _run(config, planned, todo):
             left_out, written = left_out + sum(record.left_out.values()), written + record.bytes
+            retries.update(record.retries)
             bar.update(tiles)
             rate = written / 1e6 / max(bar.format_dict["elapsed"], 1e-3)
-            bar.set_postfix_str(f"{rate:.0f} MB/s, {left_out} left out")
+            bar.set_postfix_str(f"{rate:.0f} MB/s, {left_out} left out, {retries.total()} retries")
+    return retries
 
 
 def _run(config: ShardsConfig, planned: Plan, todo: Sequence[int]) -> Iterator[tuple[ShardRecord, int]]:
@@ -118,6 +124,7 @@ def build_shard(config: ShardsConfig, fingerprint: str, index: int, items: Seque
     record = write_shard(_samples(config, items, left_out, skipped), store, shard_name(config, index), config.encoding)
     record.left_out, record.skipped = dict(left_out), skipped
     finish_shard(record, store, fingerprint, config.sensors)
+    record.retries = store.retries
     return record
 
 

@@ -29,7 +29,7 @@ from shards.tile import open_scene
 from shards.write import ShardRecord, read_record
 
 
-def merge(config: ShardsConfig, planned: Plan | None = None) -> str:
+def merge(config: ShardsConfig, planned: Plan | None = None, store: Store | None = None) -> str:
     """Put the parts of a build together, and with the builds of other names that are in the dataset already.
 
     Writes manifest.parquet and dataset.json; shards are not touched.
@@ -38,7 +38,7 @@ def merge(config: ShardsConfig, planned: Plan | None = None) -> str:
         BuildError: shards are missing (they are named), no tile survived, or two builds hold the same keys.
         ContractError: the dataset's other builds mean something else by their numbers.
     """
-    store = open_store(config.out)
+    store = store or open_store(config.out)
     planned = planned or plan(config)
     check_contract(config, planned)
     tables, records = _own(config, planned, store)

@@ -288,6 +288,7 @@ def gdal_options(path: str) -> dict[str, str]:
         "CPL_VSIL_CURL_NON_CACHED": "/vsis3/:/vsicurl/",
     }
     if path.startswith("s3://"):
+        options["CPL_DEBUG"] = "OFF"  # it prints a server's refusals, and they repeat the session token
         at = urlsplit(_connection().client.meta.endpoint_url)
         if not re.fullmatch(r"s3[.-]([\w-]+\.)?amazonaws\.com(\.cn)?", at.netloc):  # which GDAL finds by itself
             https = "YES" if at.scheme == "https" else "NO"

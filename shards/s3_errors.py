@@ -102,7 +102,8 @@ def _connection(error: Exception, reason: str, endpoint: str) -> Failure:
         return Failure("a credential holds a line break", "check AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN")
     if isinstance(error, aws.SSLError) and "CERTIFICATE" in text.upper():
         return Failure("the server's certificate is not trusted", "check AWS_ENDPOINT_URL and AWS_CA_BUNDLE")
-    if cause := re.search(r"\[Errno -?\d+\] (\w[\w ]+)", text) if reason == "no connection" else None:
+    cause = re.search(r"\[Errno -?\d+\] (\w[\w ]+)", str(getattr(error, "kwargs", {}).get("error")))
+    if cause and reason == "no connection":
         reason = cause[1].lower()
     server = f"{at.scheme}://{at.netloc.rpartition('@')[2]}"
     return Failure(reason, f"check that {server} is the right AWS_ENDPOINT_URL, and the network", passes=True)

@@ -44,6 +44,12 @@ class Store(Protocol):
         """Whether the object is there."""
 
 
+def told(retries: Counter[str]) -> str:
+    """What `Store.retries` says, in words."""
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in retries.most_common())
+    return f"{retries.total()} retries ({reasons})"
+
+
 def open_store(url: str | Path) -> Store:
     """The store at a folder or s3://bucket/prefix. Nothing is created or asked before the first call."""
     text = str(url)

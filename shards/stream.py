@@ -82,8 +82,8 @@ class Stream:
 
     @property
     def ledger(self) -> dict[str, float]:
-        """Samples, bytes and requests so far, and the seconds that the consumer waited."""
-        return dict(self._reader.ledger)
+        """Samples, bytes and requests so far, requests that were sent again, and seconds that the consumer waited."""
+        return {**self._reader.ledger, "retries": self.selection.store.retries.total()}
 
     def __iter__(self) -> Iterator[tuple[Sample, int]]:
         """This rank's samples from `position` on, each with its own position."""

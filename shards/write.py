@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,10 @@ FORMAT_VERSION = 1
 
 @dataclass
 class ShardRecord:
-    """What is known of a finished shard: a row per sample, the tar's hash, statistics, and what was left out."""
+    """What is known of a finished shard: a row per sample, the tar's hash, statistics, and what was left out.
+
+    `retries` (of the store that it went to, by reason) is of this run alone and stays out of what is written.
+    """
 
     name: str
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -36,6 +40,7 @@ class ShardRecord:
     statistics: dict[str, BandStatistics] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    retries: Counter[str] = field(default_factory=Counter)
 
 
 def schema(sensors: Iterable[str]) -> pa.Schema:

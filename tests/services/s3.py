@@ -4,11 +4,15 @@ Swift and not an imitation, because it checks signatures and checksums, keeps it
 answers ranged reads exactly. One replica on one disk, which must have extended attributes; no memcached.
 """
 
+import hashlib
+import http.client
 import os
 import signal
 import sys
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from tests.services.daemon import Daemon, install, run
 
 VERSION = "2.38.3"
 STORAGE = ("object", "container", "account")
+HASH, POWER = "tests", 4  # how names are dealt to 2**POWER partitions
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,27 @@ class Swift:
             daemon.stop()
 
     def kill(self) -> None:
-        """Ends every process of the server at once and without warning, as a power cut would."""
+        """Ends every process of the server without warning, as a power cut would, and waits until all are gone."""
         for pid in [daemon.pid() for daemon in self.daemons()]:
             if pid is not None:
                 os.killpg(pid, signal.SIGKILL)  # each daemon leads a group of its own, with its workers
+        while any(daemon.pid() is not None for daemon in self.daemons()):
+            time.sleep(0.01)
+
+    def enter(self, bucket: str, keys: Iterable[str]) -> None:
+        """Writes keys without objects into a bucket's listing; a thousand objects would take half a minute."""
+        account = f"AUTH_{self.environment()['AWS_ACCESS_KEY_ID'].split(':')[0]}"
+        place = hashlib.md5(f"{HASH}/{account}/{bucket}{HASH}".encode(), usedforsecurity=False).digest()[0] >> 8 - POWER
+        facts = {"X-Size": "0", "X-Content-Type": "text/plain", "X-Etag": hashlib.md5(b"").hexdigest()}
+        server = http.client.HTTPConnection("127.0.0.1", self.ports[1 + STORAGE.index("container")])
+        for key in keys:
+            path = f"/d1/{place}/{account}/{bucket}/{key}"
+            server.request("PUT", path, headers={"X-Timestamp": f"{time.time():.5f}", **facts})
+            answer = server.getresponse()
+            answer.read()
+            if answer.status != 201:
+                raise ServiceError(f"PUT {path}: {answer.status} {answer.reason}")
+        server.close()
 
     def available(self) -> bool:
         """Returns whether the server answers."""
@@ -111,7 +133,7 @@ class Swift:
             if not (etc / f"{name}.ring.gz").exists():
                 builder = [_program("swift-ring-builder"), etc / f"{name}.builder"]
                 (etc / f"{name}.builder").unlink(missing_ok=True)
-                run([*builder, "create", "4", "1", "0"])
+                run([*builder, "create", str(POWER), "1", "0"])
                 run([*builder, "add", f"r1z1-127.0.0.1:{port}/d1", "1"])
                 run([*builder, "rebalance"])
 
@@ -139,10 +161,10 @@ def _install() -> None:
     run([_program("python"), "-m", "pip", "install", "--quiet", f"swift=={VERSION}"])
 
 
-SWIFT_CONF = """\
+SWIFT_CONF = f"""\
 [swift-hash]
-swift_hash_path_prefix = tests
-swift_hash_path_suffix = tests
+swift_hash_path_prefix = {HASH}
+swift_hash_path_suffix = {HASH}
 """
 
 STORAGE_CONF = """\

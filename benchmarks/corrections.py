@@ -3,9 +3,10 @@
     python -m benchmarks.corrections [OUT]
 
 OUT (demo) is the folder of `mcf demo`, whose archive and shards are used, or made if they are not there. Every arm is
-the default network with ONE correction off, patched in here: the product has one switch, `profile`. An arm pretrains
-as the demo does with three seeds, and finetunes each result with three choices of 8 labelled tiles. It takes an hour or
-two on two cores; what is finished lies in OUT/corrections and is not done again, and a run that was cut short goes on.
+the default network with ONE correction off, patched in here: the product has one switch, `profile`. A control shows how
+far two runs come apart that differ by rounding alone. An arm pretrains as the demo does with three seeds, and finetunes
+each result with three choices of 8 labelled tiles. It takes an hour or two on two cores; what is finished lies in
+OUT/corrections and is not done again, and a run that was cut short goes on.
 
 After the table of accuracy come direct measurements of what each correction is for: mechanisms.py and holes.py.
 """
@@ -29,6 +30,7 @@ from benchmarks.timing import machine
 from launchers.demo import Scale, build_shards, fill_archive
 from pipeline import checkpoint
 from pipeline.batch import Batch, collate
+from pipeline.config import BatchSize
 from pipeline.engine import Engine
 from pipeline.evaluate import evaluate
 from pipeline.finetune import finetune
@@ -47,6 +49,17 @@ MASK_SEEDS = (100, 101, 102, 103)  # of the masks that held-out tiles are scored
 RATIO = 0.5
 BATCH = 25
 Arm = Callable[[], AbstractContextManager[object]]
+
+
+def regrouped() -> AbstractContextManager[object]:
+    """A control with everything on: two micro-batches a step, which adds the same numbers in another order."""
+    split = BatchSize.split
+
+    def halves(self: BatchSize, ranks: int) -> tuple[int, int]:
+        micro_batch, accumulation = split(self, ranks)
+        return micro_batch // 2, accumulation * 2
+
+    return mock.patch.object(BatchSize, "split", halves)
 
 
 def lined_up() -> AbstractContextManager[object]:
@@ -99,13 +112,15 @@ def state_space(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 ARMS: dict[str, Arm] = {
     "default": nullcontext,
+    "control": regrouped,
     "a-fusion": lined_up,
     "b-decay": decayed,
     "c-bf16": rounded,
     "d-blind": blind,
 }
 TITLES = {
-    "default": "all corrections",
+    "default": "nothing",
+    "control": "nothing, sums in another order",
     "a-fusion": "(a) fusion not interleaved",
     "b-decay": "(b) weight decay on everything",
     "c-bf16": "(c) A_log, D, dt bias in bf16",

@@ -32,7 +32,7 @@ from shards.write import ShardRecord, read_record
 def merge(config: ShardsConfig, planned: Plan | None = None, store: Store | None = None) -> str:
     """Put the parts of a build together, and with the builds of other names that are in the dataset already.
 
-    Writes manifest.parquet and dataset.json; shards are not touched.
+    Writes manifest.parquet and dataset.json to `store`, by default the one at `config.out`; shards are not touched.
 
     Raises:
         BuildError: shards are missing (they are named), no tile survived, or two builds hold the same keys.

@@ -219,7 +219,8 @@ class _Content:
 
     def _digest(self, digest: Callable[[bytes], bytes]) -> tuple[bytes, str]:
         """Of the bytes; where there are several parts, of their digests, and "-" with their number."""
-        parts = [digest(self.part(start)) for start in self.starts]
+        with ThreadPoolExecutor(THREADS) as pool:
+            parts = list(pool.map(lambda start: digest(self.part(start)), self.starts))
         return (parts[0], "") if len(parts) == 1 else (digest(b"".join(parts)), f"-{len(parts)}")
 
 

@@ -1,6 +1,7 @@
 """`python -m benchmarks [NAME ...]`: print the tables of the named benchmarks, or of all that measure speed.
 
-`corrections` is a study of accuracy that trains for an hour or two; it runs only by name.
+Only by name: `corrections`, a study of accuracy that trains for an hour or two; `uploading`, which needs the S3 server of
+the tests (`make services`).
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from importlib import import_module
 from benchmarks.timing import machine
 
 NAMES = ("encoding", "reading", "registration", "scan", "tiling", "training")
-STUDIES = ("corrections",)
+ONLY_BY_NAME = ("corrections", "uploading")
 
 
 def main() -> None:
     names = sys.argv[1:] or NAMES
-    if unknown := [name for name in names if name not in NAMES + STUDIES]:
-        sys.exit(f"unknown benchmark {unknown[0]!r}; there are {', '.join(NAMES)}, and studies {', '.join(STUDIES)}")
+    if unknown := [name for name in names if name not in NAMES + ONLY_BY_NAME]:
+        sys.exit(f"unknown benchmark {unknown[0]!r}; there are {', '.join(NAMES + ONLY_BY_NAME)}")
     print(machine())
     for name in names:
         import_module(f"benchmarks.{name}").run()

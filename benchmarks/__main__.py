@@ -1,7 +1,7 @@
 """`python -m benchmarks [NAME ...]`: print the tables of the named benchmarks, or of all that measure speed.
 
-Only by name: `corrections`, a study of accuracy that trains for an hour or two; `uploading`, which needs the S3 server of
-the tests (`make services`).
+Only by name: `corrections`, a study of accuracy that trains for an hour or two; `uploading`, which needs the S3 server
+of the tests (`make services`).
 """
 
 from __future__ import annotations

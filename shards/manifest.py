@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from shards.contract import Contract
 from shards.order import Use, hash64
-from shards.store import Store, StoreError, open_store
+from shards.store import AbsentError, Store, open_store
 from shards.tables import read_table
 
 FORMAT_VERSION = 1
@@ -123,7 +123,7 @@ def read_facts(store: Store) -> dict[str, Any]:
     """`dataset.json` of a dataset; ManifestError when it is absent or newer than this release reads."""
     try:
         facts: dict[str, Any] = json.loads(store.get("dataset.json"))
-    except StoreError as error:
+    except AbsentError as error:
         raise ManifestError(
             f"{store.url}: not a dataset ({error}); a dataset folder holds manifest.parquet and dataset.json, "
             "which `mcf shards build` writes at its end (or `mcf shards merge` after builds in parts)"

@@ -94,7 +94,8 @@ class FolderStore:
         except OSError as error:
             if isinstance(error, StoreError):
                 raise
-            raise StoreError(f"{self.url}/{name}: {error.strerror or error}") from error
+            kind = AbsentError if isinstance(error, FileNotFoundError) else StoreError
+            raise kind(f"{self.url}/{name}: {error.strerror or error}") from error
 
     def put(self, name: str, source: bytes | Path) -> None:
         """Write beside the target, flush to disk, rename."""

@@ -86,6 +86,8 @@ def test_a_wrong_secret_a_wrong_key_and_a_wrong_clock(s3_url: str, monkeypatch: 
         patch.setattr(botocore.auth, "get_current_datetime", lambda *given: now(*given) - timedelta(hours=1))
         assert "access denied (403 RequestTimeTooSkewed); this machine's clock" in refusal(s3_url)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with pytest.raises(StoreError, match="access denied"):  # and not that it is no dataset
+        select(s3_url)
     assert "access denied (403 SignatureDoesNotMatch); the secret is not the key's" in refusal(s3_url)
     with pytest.raises(StoreError, match=r"access denied \(403\); check AWS_ACCESS_KEY_ID.* clock.* owner"):
         open_store(s3_url).exists("object")  # HEAD is answered without a reason

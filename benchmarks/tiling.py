@@ -9,6 +9,7 @@ rows of whole builds.
 from __future__ import annotations
 
 import csv
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,9 +30,10 @@ from benchmarks.training import in_new_process, peak
 from shards.build import _view_samples as samples_of_a_view
 from shards.build import build
 from shards.plan import plan
+from shards.sample import Sample, encode
 from shards.sensors import SENSORS
 
-PIXELS, TILE, SCENES = 4096, 256, 4
+PIXELS, TILE, SCENES = 4096, 256, 8
 ORIGIN = (500000.0, 5300000.0)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tiled": {"tiled": True, "blockxsize": 256, "blockysize": 256},
@@ -50,7 +52,11 @@ def run() -> None:
             scenes = _scenes(folder, PIXELS, 12, **options)
             compare(
                 f"S2 + S1, {PIXELS} x {PIXELS}, one grid, {layout}, tiles of {TILE}",
-                {"read whole and slice": partial(_whole, scenes), "tiles": partial(_tiles, folder, scenes)},
+                {
+                    "read whole and slice": partial(_whole, scenes),
+                    "tiles": partial(_tiles, folder, scenes),
+                    "tiles, encoded": partial(_encoded, folder, scenes),
+                },
             )
         _build(folder, scenes)
         scenes = _scenes(folder, PIXELS, 12, shift=SHIFTED, **LAYOUTS["tiled"])
@@ -155,25 +161,32 @@ def _config(folder: Path, scenes: Scenes, places: int = 1, **options: Any) -> An
 
 
 def _tiles(folder: Path, scenes: Scenes) -> int:
+    return sum(np.ascontiguousarray(t.values).nbytes for s in _samples(folder, scenes) for t in s.tiles.values())
+
+
+def _encoded(folder: Path, scenes: Scenes) -> int:
+    return sum(len(data) for sample in _samples(folder, scenes) for data in encode(sample, "blosc2-zstd").values())
+
+
+def _samples(folder: Path, scenes: Scenes) -> Iterator[Sample]:
     config = _config(folder, scenes)
-    with mock.patch("shards.build._shifts", lambda tiles: {}):  # a cost of its own: benchmarks/registration.py
-        return sum(np.ascontiguousarray(tile.values).nbytes for tile in _all_tiles(config))
-
-
-def _all_tiles(config: Any) -> Iterator[Any]:
     planned = plan(config)
     items = [item for index in range(planned.shards) for item in planned.shard(index)]
-    for sample in samples_of_a_view(config, items, Counter()):
-        yield from sample.tiles.values()
+    with mock.patch("shards.build._shifts", lambda tiles: {}):  # a cost of its own: benchmarks/registration.py
+        yield from samples_of_a_view(config, items, Counter())
 
 
 def _build(folder: Path, scenes: Scenes) -> None:
     """Whole builds into new folders: with encoding, shifts and statistics, by one process and by two."""
-    out = iter(range(1000))
 
     def with_workers(workers: int) -> Callable[[], object]:
         options = {"workers": workers, "samples_per_shard": 64}
-        return lambda: build(_config(folder, scenes, SCENES, out=str(folder / f"out{next(out)}"), **options))
+
+        def run() -> None:
+            build(_config(folder, scenes, SCENES, **options))
+            shutil.rmtree(folder / "out")
+
+        return run
 
     compare(
         f"Shards of S2 + S1, {SCENES} scenes of {PIXELS} x {PIXELS}, striped, deflate",

@@ -21,11 +21,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import SystemRandom
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -87,6 +88,15 @@ class S3Store:
         else:
             self._ask("put_object", name, Body=content.part(0), **_sum(content.part(0), sums))
         self._compare(name, content)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A temporary file, put when the block ends."""
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / Path(name).name
+            yield path
+            if path.exists():
+                self.put(name, path)
 
     def _put_parts(self, name: str, content: _Content, sums: bool) -> None:
         algorithm: dict[str, Any] = {"ChecksumAlgorithm": "CRC32C"} if sums else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,10 @@ from typing import Any, Literal
 import blosc2
 import numpy as np
 from numpy.typing import NDArray
+
+# Blosc2 starts eight threads for every frame that it writes, whatever its parameters say. Samples are encoded and
+# decoded by many processes and threads already: with one thread a build takes a tenth less, two at once a quarter less.
+os.environ.setdefault("BLOSC_NTHREADS", "1")
 
 FORMAT_VERSION = 1
 
@@ -92,8 +97,9 @@ def encode_array(values: NDArray[Any], encoding: Encoding, meta: Mapping[str, An
         np.save(buffer, np.ascontiguousarray(values), allow_pickle=False)
         return buffer.getvalue()
     params = {"codec": _CODECS[encoding], "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
-    # One chunk per array: a sample is always decoded whole, and fewer chunks mean fewer headers.
-    array = blosc2.asarray(np.ascontiguousarray(values), chunks=values.shape, cparams=params)
+    # One chunk per array, as a sample is decoded whole; a block per band, as the default depends on the CPU's caches.
+    blocks = (1,) * (values.ndim - 2) + values.shape[-2:]
+    array = blosc2.asarray(np.ascontiguousarray(values), chunks=values.shape, blocks=blocks, cparams=params)
     return bytes(array.to_cframe())
 
 

@@ -99,13 +99,14 @@ def _of_floats(pixels: NDArray[Any], clip: tuple[float, float]) -> tuple[float, 
 def _of_integers(pixels: NDArray[Any], clip: tuple[float, float]) -> tuple[float, float, float, float, Floats]:
     """The same of integers, by counting each value: exact, and several times faster."""
     low, high = int(clip[0]), int(clip[1])
-    counts = np.bincount(np.clip(pixels, low, high).astype(np.int32) - low, minlength=high - low + 1)
-    values = np.arange(low, high + 1, dtype=np.float64)
-    mean = float(counts @ values) / len(pixels)
+    inside = np.clip(pixels, low, high)
+    counts = np.bincount(inside.astype(np.int32) - low if low else inside)
     there = np.flatnonzero(counts)
-    bins = np.minimum((values - low) * (BINS / (high - low)), BINS - 1).astype(np.intp)
+    counts, values = counts[there], there + float(low)
+    mean = float(counts @ values) / len(pixels)
+    bins = np.minimum(there * (BINS / (high - low)), BINS - 1).astype(np.intp)
     histogram = np.bincount(bins, counts, BINS).astype(np.float64)
-    return mean, float(counts @ (values - mean) ** 2), float(values[there[0]]), float(values[there[-1]]), histogram
+    return mean, float(counts @ (values - mean) ** 2), float(values[0]), float(values[-1]), histogram
 
 
 def merge(a: Mapping[str, BandStatistics], b: Mapping[str, BandStatistics]) -> dict[str, BandStatistics]:

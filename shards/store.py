@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -36,6 +37,9 @@ class Store(Protocol):
 
     def put(self, name: str, source: bytes | Path) -> None:
         """Store bytes or a file's content, replacing what was there."""
+
+    def writing(self, name: str) -> AbstractContextManager[Path]:
+        """A local file to write, which becomes the object when the block ends; no object if the block removes it."""
 
     def list(self, prefix: str = "") -> list[str]:
         """Sorted names that begin with `prefix`."""
@@ -98,23 +102,33 @@ class FolderStore:
             raise kind(f"{self.url}/{name}: {error.strerror or error}") from error
 
     def put(self, name: str, source: bytes | Path) -> None:
-        """Write beside the target, flush to disk, rename."""
+        """Store bytes or a file's content, replacing what was there."""
+        with self.writing(name) as path:
+            if isinstance(source, bytes):
+                path.write_bytes(source)
+            else:
+                shutil.copyfile(source, path)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A file beside the target, flushed to disk and renamed when the block ends; one writer of a name at a time."""
         path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb") as file:
-                if isinstance(source, bytes):
-                    file.write(source)
-                else:
-                    with source.open("rb") as content:
-                        shutil.copyfileobj(content, file, 16 << 20)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a killed process
+                left.unlink(missing_ok=True)
+            yield temporary
+            if temporary.exists():
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            if isinstance(error, StoreError):
+                raise
             raise StoreError(f"{self.url}/{name}: not written: {error.strerror or error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def list(self, prefix: str = "") -> list[str]:
         """Sorted names that begin with `prefix`, unfinished files left out."""

@@ -6,11 +6,9 @@ import hashlib
 import io
 import json
 import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 import crc32c
@@ -71,8 +69,8 @@ def schema(sensors: Iterable[str]) -> pa.Schema:
 def write_shard(samples: Iterable[Sample], store: Store, name: str, encoding: Encoding) -> ShardRecord:
     """Write one tar of samples to the store as `NAME.tar`, in one put.
 
-    The tar is POSIX ustar with all times, owners and modes fixed. It is made in a local temporary file first, so that
-    nothing unfinished is ever visible and memory does not grow with it. Nothing is written when there are no samples.
+    The tar is POSIX ustar with all times, owners and modes fixed. It is made in a temporary file, so that nothing
+    unfinished is ever visible and memory does not grow with it. Nothing is written when there are no samples.
 
     Returns:
         The record; `finish_shard` makes it durable.
@@ -81,18 +79,18 @@ def write_shard(samples: Iterable[Sample], store: Store, name: str, encoding: En
         StoreError: the store cannot be written.
     """
     record = ShardRecord(name)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "shard.tar"
+    with store.writing(f"{name}.tar") as path:
         with path.open("wb") as file:
             for sample in samples:
                 record.rows.append(_add(file, sample, f"{name}.tar", encoding))
                 record.statistics = merge(record.statistics, measure(sample))
             file.write(bytes(2 * tarfile.BLOCKSIZE))
-        if record.rows:
-            with path.open("rb") as file:
-                record.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            record.bytes = path.stat().st_size
-            store.put(f"{name}.tar", path)
+        if not record.rows:
+            path.unlink()
+            return record
+        record.bytes = path.stat().st_size
+        with path.open("rb") as file:
+            record.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return record
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import builtins
 import hashlib
+import io
 import logging
 import os
 import re
@@ -27,7 +28,7 @@ from functools import lru_cache
 from pathlib import Path
 from random import SystemRandom
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import boto3
@@ -74,6 +75,13 @@ class S3Store:
         if not reply.get("ContentRange", "").startswith(f"bytes {start}-"):
             raise StoreError(f"{where}: asked for {asked}, but the server sent other bytes; it cannot serve shards")
         return whole(reply["Body"], where, start, length)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[IO[bytes]]:
+        """The object as a file, fetched in pieces of PART bytes."""
+        size = self._ask("head_object", name)["ContentLength"]
+        with io.BufferedReader(_Object(self, name, size), PART) as file:
+            yield file
 
     def put(self, name: str, source: bytes | Path) -> None:
         """One put, or a multipart upload of what is large; S3 shows the object only when all of it has arrived.
@@ -195,6 +203,32 @@ def _read(reply: dict[str, Any]) -> dict[str, Any]:
         if told and "-" not in told and told != _base64(_crc32c(reply["Body"])):
             raise FlexibleChecksumError(error_msg=told)
     return reply
+
+
+class _Object(io.RawIOBase):
+    """An object as an unbuffered file: each read is a request for a range."""
+
+    def __init__(self, store: S3Store, name: str, size: int) -> None:
+        self._store, self._name, self._size, self._position = store, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        length = max(0, min(len(buffer), self._size - self._position))
+        buffer[:length] = self._store.range(self._name, self._position, length)
+        self._position += length
+        return length
 
 
 @dataclass(frozen=True)

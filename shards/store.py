@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import IO, Protocol
 
 
 class StoreError(OSError):
@@ -34,6 +34,9 @@ class Store(Protocol):
 
     def range(self, name: str, start: int, length: int) -> bytes:
         """`length` bytes from `start`; StoreError when the object is shorter."""
+
+    def reading(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        """The object as a file that can be sought in, of which only a piece is in memory."""
 
     def put(self, name: str, source: bytes | Path) -> None:
         """Store bytes or a file's content, replacing what was there."""
@@ -81,17 +84,18 @@ class FolderStore:
 
     def get(self, name: str) -> bytes:
         """The whole object."""
-        with self._opened(name) as file:
-            return bytes(file.read())
+        with self.reading(name) as file:
+            return file.read()
 
     def range(self, name: str, start: int, length: int) -> bytes:
         """`length` bytes from `start`."""
-        with self._opened(name) as file:
+        with self.reading(name) as file:
             file.seek(start)
-            return whole(bytes(file.read(length)), f"{self.url}/{name}", start, length)
+            return whole(file.read(length), f"{self.url}/{name}", start, length)
 
     @contextmanager
-    def _opened(self, name: str) -> Iterator[Any]:
+    def reading(self, name: str) -> Iterator[IO[bytes]]:
+        """The file, open."""
         try:
             with self._path(name).open("rb") as file:
                 yield file

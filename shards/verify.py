@@ -1,17 +1,24 @@
-"""Verifying a dataset against its own manifest: hashes, counts, keys, checksums, decodability, valid fractions."""
+"""Verifying a dataset against its own manifest: hashes, counts, keys, checksums, decodability, valid fractions.
+
+However large the dataset is, only one sample, one piece of a tar and some rows of the manifest are in memory, and eight
+bytes per sample, by which keys are compared. Each tar is read once, from its beginning to its end.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Iterator, Mapping
-from io import BytesIO
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
+from typing import IO, Any
 
 import crc32c
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from shards.contract import Contract
@@ -21,7 +28,11 @@ from shards.shifts import LIMITS, Shifts
 from shards.statistics import BandStatistics, measure, merge
 from shards.store import Store, StoreError, open_store
 from shards.stream import Share, Stream
-from shards.tables import read_table
+
+PIECE = 1 << 20  # bytes of a tar that are read at once
+BATCH = 1024  # rows of the manifest
+
+Row = Mapping[str, Any]
 
 
 def verify(data: str) -> list[str]:
@@ -29,40 +40,169 @@ def verify(data: str) -> list[str]:
 
     Raises:
         ManifestError: there is no dataset.
+        StoreError: its manifest cannot be read.
     """
     store = open_store(data)
     facts = read_facts(store)
-    rows = read_table(store.get("manifest.parquet")).to_pylist()
-    found = (
-        [] if len(rows) == facts["samples"] else [f"manifest.parquet: {len(rows)} rows, {facts['samples']} promised"]
-    )
-    if len({row["key"] for row in rows}) != len(rows):
-        found.append("manifest.parquet: keys occur twice")
-    contract = Contract.from_json(facts["contract"])
-    if "foreign" in facts:
-        return [*found, *_verify_foreign(data, facts["shards"])]
-    by_shard = {name: list(mine) for name, mine in groupby(rows, key=lambda row: row["shard"])}
+    with _manifest(store) as manifest:
+        found = list(_verify_keys(manifest, facts["samples"]))
+        foreign = "foreign" in facts
+        rest = _verify_foreign(data, facts["shards"]) if foreign else _verify_shards(store, manifest, facts)
+        return [*found, *rest]
+
+
+@contextmanager
+def _manifest(store: Store) -> Iterator[pq.ParquetFile]:
+    with store.reading("manifest.parquet") as file:
+        try:
+            with pq.ParquetFile(file, pre_buffer=False) as manifest:
+                yield manifest
+        except pa.ArrowInvalid as error:
+            raise StoreError(f"{store.url}/manifest.parquet: damaged, merge the build again: {error}") from None
+
+
+def _rows(manifest: pq.ParquetFile, columns: Sequence[str]) -> Iterator[Row]:
+    for batch in manifest.iter_batches(BATCH, columns=list(columns), use_threads=False):
+        yield from batch.to_pylist()
+
+
+def _verify_keys(manifest: pq.ParquetFile, promised: int) -> Iterator[str]:
+    """How many rows there are, and keys that occur twice."""
+    hashes = np.fromiter((hash(row["key"]) for row in _rows(manifest, ["key"])), np.int64)
+    if len(hashes) != promised:
+        yield f"manifest.parquet: {len(hashes)} rows, {promised} promised"
+    hashes.sort()
+    if same := set(hashes[1:][hashes[1:] == hashes[:-1]].tolist()):  # equal keys, or rarely two of one hash
+        counts = Counter(row["key"] for row in _rows(manifest, ["key"]) if hash(row["key"]) in same)
+        if twice := [key for key, count in counts.items() if count > 1]:
+            yield f"manifest.parquet: {len(twice)} keys occur twice, such as {', '.join(twice[:5])}"
+
+
+def _verify_shards(store: Store, manifest: pq.ParquetFile, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Every tar that the manifest names, in its order, and the statistics of all samples when nothing else is wrong."""
+    contract, left = Contract.from_json(facts["contract"]), dict(facts["shards"])
     statistics: dict[str, BandStatistics] = {}
-    for name, shard in tqdm(facts["shards"].items(), "verify", unit="shard", disable=None, leave=False):
-        tar = f"{name}.tar"
-        for seen in _verify_shard(store, tar, shard["sha256"], by_shard.get(tar, []), contract):
-            if isinstance(seen, Sample):
-                statistics = merge(statistics, measure(seen))
-            else:
-                found.append(f"{tar}: {seen}")
-    return found or list(_verify_statistics(facts["statistics"], statistics))
+    sound = True
+    total = sum(shard["bytes"] for shard in left.values())
+    with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        rows = _rows(manifest, ["key", "shard", "members", "checksum", "valid"])
+        for tar, mine in groupby(rows, key=lambda row: row["shard"]):
+            told = left.pop(tar.removesuffix(".tar"), None)
+            for seen in _verify_tar(store, tar, told, mine, contract):
+                if isinstance(seen, Sample):
+                    statistics = merge(statistics, measure(seen))
+                else:
+                    sound = False
+                    yield f"{tar}: {seen}"
+            bar.update(told["bytes"] if told else 0)
+    yield from (f"{name}.tar: in dataset.json, but not in manifest.parquet" for name in left)
+    if sound and not left:
+        yield from _verify_statistics(facts["statistics"], statistics)
 
 
 def _verify_statistics(told: Mapping[str, Any], found: Mapping[str, BandStatistics]) -> Iterator[str]:
     """Statistics of dataset.json against those of all samples, taken anew."""
     for name, values in told.items():
-        was, now = BandStatistics.from_json(values), found[name]
-        same = was.count == now.count and all(
-            np.allclose(getattr(was, part), getattr(now, part), rtol=1e-6, atol=1e-9)
-            for part in ("mean", "std", "low", "high", "histogram")
+        was, now = BandStatistics.from_json(values), found.get(name)
+        same = (
+            now is not None
+            and was.count == now.count
+            and all(
+                np.allclose(getattr(was, part), getattr(now, part), rtol=1e-6, atol=1e-9)
+                for part in ("mean", "std", "low", "high", "histogram")
+            )
         )
         if not same:
             yield f"dataset.json: statistics of {name} are not those of its samples"
+
+
+def _verify_tar(
+    store: Store, name: str, told: Mapping[str, Any] | None, rows: Iterable[Row], contract: Contract
+) -> Iterator[Sample | str]:
+    """The samples of one tar that can be read, and what is wrong."""
+    if told is None:
+        yield "not in dataset.json, or not all of its rows in manifest.parquet stand together"
+        return
+    try:
+        with store.reading(name) as file:
+            hashed = _Hashed(file)
+            yield from _verify_members(hashed, rows, contract)
+            if hashed.rest() != told["sha256"]:
+                yield "sha256 differs from dataset.json"
+    except StoreError as error:
+        yield str(error)
+
+
+class _Hashed:
+    """A file that is read once, in order, and the sha256 of what was read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._digest.update(data)
+        return data
+
+    def rest(self) -> str:
+        """Read to the end; the digest of the whole file."""
+        while self.read(PIECE):
+            pass
+        return self._digest.hexdigest()
+
+
+def _verify_members(file: _Hashed, rows: Iterable[Row], contract: Contract) -> Iterator[Sample | str]:
+    try:
+        with tarfile.open(fileobj=file, mode="r|", bufsize=PIECE) as tar:  # type: ignore[call-overload]
+            for row in rows:
+                parts = _members(tar, row)
+                if parts is None:
+                    yield f"{row['key']}: members differ from the manifest; what follows was not compared"
+                    return
+                yield from _verify_sample(parts, row, contract)
+                tar.members = []  # which it would keep to its end
+            if tar.next() is not None:
+                yield "holds members that are not in the manifest"
+    except tarfile.TarError as error:
+        yield f"not a readable tar: {error}"
+
+
+def _members(tar: tarfile.TarFile, row: Row) -> dict[str, bytes] | None:
+    """The next members of a tar by name; None when they are not those that the row tells."""
+    parts = {}
+    for told in row["members"]:
+        member = tar.next()
+        if member is None or (member.name, member.offset_data, member.size) != tuple(told.values()):
+            return None
+        file = tar.extractfile(member)
+        parts[member.name] = file.read() if file else b""
+    return parts
+
+
+def _verify_sample(parts: Mapping[str, bytes], row: Row, contract: Contract) -> Iterator[Sample | str]:
+    checksum = 0
+    for data in parts.values():
+        checksum = crc32c.crc32c(data, checksum)
+    if checksum != row["checksum"]:
+        yield f"{row['key']}: checksum differs"
+        return
+    try:
+        sample = decode(parts, contract.sensors)
+    except ValueError as error:
+        yield f"{row['key']}: {error}"
+        return
+    yield sample
+    yield from (f"{row['key']}: {problem}" for problem in _compare(sample, row, contract))
+
+
+def _compare(sample: Sample, row: Row, contract: Contract) -> Iterator[str]:
+    if sample.key != row["key"]:
+        yield f"holds key {sample.key}"
+    for name, tile in sample.tiles.items():
+        if abs(tile.fraction - row["valid"][name]) > 1e-6:
+            yield f"{name}: valid fraction {tile.fraction:.4f}, manifest says {row['valid'][name]:.4f}"
+        if tile.values.shape[0] != len(contract.modality(name).bands):
+            yield f"{name}: {tile.values.shape[0]} bands, contract says {len(contract.modality(name).bands)}"
 
 
 def _verify_foreign(data: str, tars: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
@@ -86,7 +226,8 @@ def registration(data: str) -> list[str]:
     """How far the modalities of a dataset lie off the first one, a line each, from the manifest's column `shift`."""
     store = open_store(data)
     first, *others = Contract.from_json(read_facts(store)["contract"]).sensors
-    shifts = read_table(store.get("manifest.parquet"), ["shift"])["shift"]
+    with _manifest(store) as manifest:
+        shifts = manifest.read(columns=["shift"], use_threads=False)["shift"]
     return [_distribution(first, name, Shifts.of(shifts, name)) for name in others]
 
 
@@ -97,52 +238,3 @@ def _distribution(first: str, name: str, found: Shifts) -> str:
     over = ", ".join(f"{count} over {limit} px" for count, limit in zip(found.over, LIMITS, strict=True))
     whole = f"on the whole {found.rows:+.2f} rows, {found.cols:+.2f} columns"
     return f"{title}; median {found.median:.2f} px, 90 % within {found.most:.2f} px; {over}; {whole}"
-
-
-def _verify_shard(
-    store: Store, name: str, sha256: str, rows: list[dict[str, Any]], contract: Contract
-) -> Iterator[Sample | str]:
-    """The samples of one tar that can be read, and what is wrong."""
-    try:
-        data = store.get(name)
-    except StoreError as error:
-        yield str(error)
-        return
-    if hashlib.sha256(data).hexdigest() != sha256:
-        yield "sha256 differs from dataset.json"
-    try:
-        with tarfile.open(fileobj=BytesIO(data)) as tar:
-            members = [member.name for member in tar]
-    except tarfile.TarError as error:
-        yield f"not a readable tar: {error}"
-        return
-    if members != [member["name"] for row in rows for member in row["members"]]:
-        yield "members differ from the manifest"
-    for row in rows:
-        try:
-            sample = _decoded(data, row, contract)
-        except ValueError as error:
-            yield f"{row['key']}: {error}"
-            continue
-        yield sample
-        yield from (f"{row['key']}: {problem}" for problem in _verify_sample(sample, row, contract))
-
-
-def _decoded(data: bytes, row: dict[str, Any], contract: Contract) -> Sample:
-    parts, checksum = {}, 0
-    for member in row["members"]:
-        parts[member["name"]] = data[member["offset"] : member["offset"] + member["bytes"]]
-        checksum = crc32c.crc32c(parts[member["name"]], checksum)
-    if checksum != row["checksum"]:
-        raise ValueError("checksum differs")
-    return decode(parts, contract.sensors)
-
-
-def _verify_sample(sample: Sample, row: dict[str, Any], contract: Contract) -> Iterator[str]:
-    if sample.key != row["key"]:
-        yield f"holds key {sample.key}"
-    for name, tile in sample.tiles.items():
-        if abs(tile.fraction - row["valid"][name]) > 1e-6:
-            yield f"{name}: valid fraction {tile.fraction:.4f}, manifest says {row['valid'][name]:.4f}"
-        if tile.values.shape[0] != len(contract.modality(name).bands):
-            yield f"{name}: {tile.values.shape[0]} bands, contract says {len(contract.modality(name).bands)}"

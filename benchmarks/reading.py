@@ -1,42 +1,201 @@
-"""Reading: our stream against a raw read of the same tars, against bare decoding, and against plain webdataset."""
+"""Reading from a local folder: our stream against a raw read of the same tars, a bare decode, and other loaders.
+
+Everything is in the page cache, so the tables say what a reader costs, not how fast a disk is. Every function of a
+table must have read the same number of bytes, or the benchmark fails.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import webdataset
 
+from benchmarks.reading_data import (
+    COUNT,
+    members,
+    ours,
+    ours_in_manifest_order,
+    same_work,
+    tiles,
+    weigh,
+    weigh_samples,
+    what,
+    write_dataset,
+)
+from benchmarks.reading_peers import (
+    BATCH,
+    PEERS,
+    Peer,
+    arrays,
+    decode,
+    decode_tensors,
+    encoded,
+    installed,
+    tensors,
+    undecoded,
+    versions,
+)
 from benchmarks.timing import compare
 from shards.manifest import Selection, select, write_manifest
-from shards.sample import Encoding, Sample, Tile, decode, decode_array
+from shards.sample import Encoding, Sample, Tile
+from shards.sample import decode as decode_members
 from shards.store import open_store
-from shards.stream import Share, Stream
 from shards.write import finish_shard, read_record, write_shard
 from tests.small_dataset import CONTRACT
 
-SAMPLES, SIZE = 96, 256
+CHUNK = 1 << 20
+ENCODINGS: tuple[Encoding, ...] = ("npy", "blosc2-zstd")
+WORKERS = (0, 1, 2)
+Functions = dict[str, Callable[[], int]]
 
 
 def run() -> None:
-    """One table per encoding."""
-    for encoding in ("npy", "blosc2-zstd"):
+    """For each encoding: undecoded, decoded in the process, and in batches with worker processes."""
+    print(versions())
+    made = tiles()
+    for encoding in ENCODINGS:
         with TemporaryDirectory() as folder:
-            selection = _dataset(Path(folder), encoding)
-            _compare(Path(folder), selection, encoding)
+            selection = write_dataset(Path(folder) / "tars", made, encoding)
+            _compare_undecoded(Path(folder) / "tars", selection, encoding)
+            _write_peers(Path(folder), selection)
+            _compare_decoded(Path(folder), selection, encoding)
+            for workers in WORKERS:
+                _compare_batches(Path(folder), selection, encoding, workers)
+
+
+def _compare_undecoded(folder: Path, selection: Selection, encoding: Encoding) -> None:
+    """Bytes of members, against the bytes of the tars."""
+    tars, wanted = sorted(folder.glob("*.tar")), weigh(parts for _, parts in members(selection))
+    floor = {
+        "raw read of the tars, 1 MiB at a time": partial(read_raw, tars),
+        "the same into one buffer": partial(_read_into, tars),
+    }
+    readers: Functions = {"webdataset": lambda: weigh(undecoded(folder))}
+    size = sum(tar.stat().st_size for tar in tars)
+    functions = same_work(floor, size) | same_work(readers, wanted)
+    compare(f"Undecoded: {what(COUNT, encoding)}", functions)
+
+
+def read_raw(tars: Iterable[Path]) -> int:
+    """All bytes of the files, in reads of 1 MiB."""
+    count = 0
+    for tar in tars:
+        with tar.open("rb", buffering=0) as file:
+            while data := file.read(CHUNK):
+                count += len(data)
+    return count
+
+
+def _read_into(tars: Iterable[Path]) -> int:
+    count, buffer = 0, bytearray(CHUNK)
+    for tar in tars:
+        with tar.open("rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                count += size
+    return count
+
+
+def _write_peers(folder: Path, selection: Selection) -> None:
+    """The samples in the other loaders' formats: `NAME` with our bytes, `NAME-arrays` with arrays."""
+    items = encoded(members(selection))
+    for peer in PEERS:
+        if peer.write is not None and installed(peer.name):
+            peer.write(folder / peer.name, items)
+            peer.write(folder / f"{peer.name}-arrays", [arrays(decode(item)) for item in items])
+
+
+def _folder(folder: Path, peer: Peer) -> Path:
+    return folder / (peer.name if peer.write else "tars")
+
+
+def _compare_decoded(folder: Path, selection: Selection, encoding: Encoding) -> None:
+    """Samples in this process, against decoding alone."""
+    held = [parts for _, parts in members(selection)]
+    functions: Functions = {f"bare decode from memory, threads={n}": partial(_bare, held, n) for n in (1, 2)}
+    for peer in PEERS:
+        if installed(peer.name):
+            functions[f"{peer.name}, our bytes and decoder"] = partial(
+                lambda dataset: weigh_samples(dataset), peer.open(_folder(folder, peer), decode)
+            )
+            if peer.write is not None and encoding == "npy":
+                dataset = peer.open(folder / f"{peer.name}-arrays", _identity)
+                functions[f"{peer.name}, its own arrays"] = partial(_weigh_arrays, dataset)
+    for threads in (1, 2):
+        functions |= {
+            f"ours, shuffled, threads={threads}": partial(_ours, selection, threads),
+            f"ours, in manifest order, threads={threads}": partial(_ours_in_manifest_order, selection, threads),
+        }
+    compare(f"Decoded: {what(COUNT, encoding)}", same_work(functions, _bare(held, 1)))
+    _say_missing()
+
+
+def _bare(held: list[dict[str, bytes]], threads: int) -> int:
+    if threads == 1:
+        return weigh_samples(decode_members(parts) for parts in held)
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(lambda parts: weigh_samples([decode_members(parts)]), held))
+
+
+def _identity(item: dict[str, object]) -> dict[str, object]:
+    return item
+
+
+def _weigh_arrays(items: Iterable[dict[str, object]]) -> int:
+    """Bytes of the arrays or tensors of items or batches."""
+    return sum(value.nbytes for item in items for value in item.values() if hasattr(value, "nbytes"))
+
+
+def _ours(selection: Selection, threads: int) -> int:
+    return weigh_samples(ours(selection, threads))
+
+
+def _ours_in_manifest_order(selection: Selection, threads: int) -> int:
+    return weigh_samples(ours_in_manifest_order(selection, threads))
+
+
+def _compare_batches(folder: Path, selection: Selection, encoding: Encoding, workers: int) -> None:
+    """Stacked tensors, with as many workers of a DataLoader, or threads of ours; workers stay between rounds."""
+    functions: Functions = {}
+    for peer in PEERS:
+        if installed(peer.name):
+            loader = peer.load(peer.open(_folder(folder, peer), decode_tensors), workers)
+            functions[f"{peer.name}, workers={workers}"] = partial(_weigh_arrays, loader)
+    functions[f"ours, threads={max(workers, 1)}"] = partial(_batches, selection, max(workers, 1))
+    title = f"Batches of {BATCH} tensors, {workers} workers: {what(COUNT, encoding)}"
+    compare(title, same_work(functions, _ours(selection, 1)))
+    _say_missing()
+
+
+def _batches(selection: Selection, threads: int) -> int:
+    from torch.utils.data import default_collate
+
+    items = (tensors(sample) for sample in ours(selection, threads))
+    return _weigh_arrays(default_collate(group) for group in iter(lambda: list(islice(items, BATCH)), []))
+
+
+def _say_missing() -> None:
+    for peer in PEERS:
+        if not installed(peer.name):
+            print(f"  {peer.name:<44} not installed")
+
+
+SAMPLES = 96
 
 
 def _dataset(folder: Path, encoding: Encoding) -> Selection:
-    """Samples like S1 and elevation: smooth fields with noise, so that compression has something to do."""
+    """What `uploading` streams: samples like S1 and elevation, smooth fields with noise."""
     rng = np.random.default_rng(0)
     samples = []
     for number in range(SAMPLES):
-        field = np.add.outer(np.sin(np.arange(SIZE) / 40 + number), np.cos(np.arange(SIZE) / 30)).astype(np.float32)
-        s1 = (-14 + 4 * field + rng.normal(0, 1, (2, SIZE, SIZE))).astype(np.float32)
+        field = np.add.outer(np.sin(np.arange(256) / 40 + number), np.cos(np.arange(256) / 30)).astype(np.float32)
+        s1 = (-14 + 4 * field + rng.normal(0, 1, (2, 256, 256))).astype(np.float32)
         dem = np.rint(300 + 50 * field)[None].astype(np.float32)
-        valid = np.ones((SIZE, SIZE), bool)
+        valid = np.ones((256, 256), bool)
         samples.append(Sample(f"s{number:04d}", {"s1": Tile(s1, valid), "dem": Tile(dem, valid)}))
     store = open_store(folder)
     finish_shard(write_shard(samples, store, "shard-000000", encoding), store, "benchmark", CONTRACT.sensors)
@@ -44,33 +203,3 @@ def _dataset(folder: Path, encoding: Encoding) -> Selection:
     contract = {**CONTRACT.to_json(), "classes": None}
     write_manifest(store, table, {"format_version": 1, "contract": contract, "fingerprint": encoding})
     return select(str(folder))
-
-
-def _compare(folder: Path, selection: Selection, encoding: Encoding) -> None:
-    tars = sorted(folder.glob("*.tar"))
-    store = open_store(folder)
-    raw = [
-        {member["name"]: store.range(row["shard"], member["offset"], member["bytes"]) for member in row["members"]}
-        for row in selection.rows.to_pylist()
-    ]
-
-    def read_raw() -> int:
-        return sum(len(tar.read_bytes()) for tar in tars)
-
-    def read_webdataset() -> int:
-        dataset = webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False)
-        arrays = (value for item in dataset for key, value in item.items() if key.endswith(("npy", "b2nd")))
-        extension = "npy" if encoding == "npy" else "b2nd"
-        return sum(decode_array(value, extension).size for value in arrays)
-
-    compare(
-        f"Reading {SAMPLES} samples of 3 x {SIZE} x {SIZE} float32, encoding {encoding}, page cache",
-        {
-            "raw read of the tars": read_raw,
-            "bare decode of members in memory, one thread": lambda: [decode(members) for members in raw],
-            "webdataset, sequential, decoded": read_webdataset,
-            "our stream, shuffled, decoded, verified": lambda: list(
-                islice(iter(Stream(selection, 0, 16, Share(1))), SAMPLES)
-            ),
-        },
-    )

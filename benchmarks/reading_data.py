@@ -1,0 +1,111 @@
+"""The samples of the benchmarks of reading, as datasets of ours, and our stream over them.
+
+S2 (13 x uint16) and S1 (2 x float32) of the made-up archive, 256 x 256, with their validity, in tars of 64. A few dozen
+tiles differ; further samples are copies of them under other keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+from unittest import mock
+
+import pyarrow as pa
+
+import configs
+from shards.build import build
+from shards.contract import Contract
+from shards.manifest import Selection, select, write_manifest
+from shards.sample import Encoding, Sample
+from shards.store import open_store
+from shards.stream import Share, Stream
+from shards.synthetic import make_archive
+from shards.write import finish_shard, read_record, write_shard
+
+COUNT, PER_SHARD, SIZE = 256, 64, 256
+SEED, LANES = 0, 16
+T = TypeVar("T")
+
+
+def what(samples: int, encoding: str) -> str:
+    """The samples, for the title of a table."""
+    return f"{samples} samples of 13 x uint16 + 2 x float32, {SIZE} x {SIZE}, {encoding}"
+
+
+def tiles(places: int = 3) -> tuple[list[Sample], Contract]:
+    """Different tiles, built by the project's own code, and what they mean."""
+    with TemporaryDirectory() as folder:
+        make_archive(Path(folder) / "archive", places=places, size=3 * SIZE)
+        raw = {"stage": "shards", "archive": {"root": f"{folder}/archive"}, "out": f"{folder}/data"}
+        build(configs.parse({**raw, "sensors": ["s2-l1c", "s1"], "tile": {"size": SIZE, "min_valid": 0.5}}))
+        selection = select(f"{folder}/data")
+        return [sample for sample, _ in Stream(selection, SEED, 1, Share(1)).once()], selection.contract
+
+
+def write_dataset(
+    folder: Path, made: tuple[list[Sample], Contract], encoding: Encoding, count: int = COUNT
+) -> Selection:
+    """`count` samples as a dataset of ours in `folder`."""
+    samples, contract = made
+    folder.mkdir(parents=True)
+    store, tables = open_store(folder), []
+    for first in range(0, count, PER_SHARD):
+        numbers, name = range(first, min(first + PER_SHARD, count)), f"shard-{first // PER_SHARD:06d}"
+        named = (replace(samples[number % len(samples)], key=f"sample-{number:06d}") for number in numbers)
+        finish_shard(write_shard(named, store, name, encoding), store, "benchmark", contract.sensors)
+        tables.append(read_record(store, name)[2].replace_schema_metadata(None))
+    facts = {"format_version": 1, "contract": contract.to_json(), "fingerprint": encoding}
+    write_manifest(store, pa.concat_tables(tables), facts)
+    return select(str(folder))
+
+
+def members(selection: Selection) -> list[tuple[str, dict[str, bytes]]]:
+    """Key and encoded members of every sample, in memory."""
+    return [
+        (
+            row["key"],
+            {m["name"]: selection.store.range(row["shard"], m["offset"], m["bytes"]) for m in row["members"]},
+        )
+        for row in selection.rows.to_pylist()
+    ]
+
+
+def ours(selection: Selection, threads: int) -> Iterator[Sample]:
+    """An epoch of our stream in its own order, decoded and verified."""
+    return _read(selection, threads, iter)
+
+
+def ours_in_manifest_order(selection: Selection, threads: int) -> Iterator[Sample]:
+    """An epoch of our stream in the order of the manifest, decoded and verified."""
+    return _read(selection, threads, Stream.once)
+
+
+def _read(selection: Selection, threads: int, face: Callable[[Stream], Iterator[tuple[T, int]]]) -> Iterator[T]:
+    with mock.patch("shards.stream.THREADS", threads):
+        items = face(Stream(selection, SEED, LANES, Share(1)))
+        yield from (item for item, _ in islice(items, len(selection)))
+
+
+def weigh(items: Iterable[Mapping[str, bytes]]) -> int:
+    """Bytes of the members of undecoded samples."""
+    return sum(len(data) for item in items for name, data in item.items() if not name.startswith("__"))
+
+
+def weigh_samples(samples: Iterable[Sample]) -> int:
+    """Bytes of the arrays of decoded samples."""
+    return sum(tile.values.nbytes + tile.valid.nbytes for sample in samples for tile in sample.tiles.values())
+
+
+def same_work(functions: Mapping[str, Callable[[], int]], wanted: int) -> dict[str, Callable[[], object]]:
+    """The functions, which fail if what they have read does not weigh what it should."""
+
+    def check(name: str, function: Callable[[], int]) -> None:
+        if (found := function()) != wanted:
+            raise RuntimeError(f"{name}: {found} bytes read, not {wanted}: not the same work")
+
+    return {name: partial(check, name, function) for name, function in functions.items()}

@@ -18,58 +18,10 @@ import pytest
 
 from shards import cache as module
 from shards.cache import Cache
-from shards.store import FolderStore, StoreError
+from shards.store import StoreError
+from tests.cached_node import SIZE, Node, content, read, until
 
-SIZE = 100_000  # of a tar
-PIECE = 30_000  # so that a tar is several
-
-
-def content(name: str, size: int = SIZE) -> bytes:
-    return random.Random(name).randbytes(size)
-
-
-class Slow(FolderStore):
-    """A folder that tells what it was asked for, waits at each request for `gate`, and fails while `failing`."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.asked: list[tuple[str, int, int]] = []
-        self.gate, self.failing = threading.Event(), False
-        self.gate.set()
-
-    def range(self, name: str, start: int, length: int) -> bytes:
-        self.asked.append((name, start, length))
-        self.gate.wait()
-        if self.failing:
-            raise StoreError(f"{name}: out of order")
-        return super().range(name, start, length)
-
-
-class Node:
-    """A store of tars a, b, ... and caches in front of it, as the processes of one node have."""
-
-    names = tuple(f"sub/{letter}.tar" for letter in "abcdefgh")
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.store = Slow(path / "store")
-        self.caches: list[Cache] = []
-
-    def fill(self) -> None:
-        for name in self.names:
-            self.store.put(name, content(name))
-
-    def cache(self, tars: float = 100, identity: str = "one", **sizes: int) -> Cache:
-        known = {**dict.fromkeys(self.names, SIZE), **sizes}
-        self.caches.append(Cache(self.store, self.path / "cache", int(tars * SIZE), identity, known))
-        return self.caches[-1]
-
-    def cached(self) -> list[str]:
-        """Letters of the tars on disk, of any dataset."""
-        return sorted(path.stem for path in (self.path / "cache").rglob("*.tar"))
-
-    def hidden(self) -> list[Path]:
-        return list((self.path / "cache").rglob(".*"))
+PIECE = 30_000  # bytes, so that a tar is several
 
 
 @pytest.fixture
@@ -83,19 +35,6 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     made.store.gate.set()
     for cache in made.caches:
         cache.close()
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Wait for what must come; the time is a bound for a run that fails."""
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def read(cache: Cache, letter: str) -> None:
-    name = f"sub/{letter}.tar"
-    assert cache.range(name, 12_345, 54_321) == content(name)[12_345 : 12_345 + 54_321]
 
 
 def test_hits_and_misses_are_counted_and_the_rest_is_the_stores(node: Node) -> None:
@@ -281,7 +220,7 @@ def test_ahead_fills_in_order_and_stops_at_the_limit(node: Node) -> None:
     until(lambda: node.cached() == ["a", "b", "h"])
 
 
-def test_ahead_leaves_what_other_processes_read_next_and_their_share(node: Node) -> None:
+def test_ahead_leaves_what_other_processes_read_next(node: Node) -> None:
     first, second = node.cache(tars=4.5), node.cache(tars=4.5)
     first.ahead(["sub/a.tar", "sub/b.tar"])
     until(lambda: node.cached() == ["a", "b"])
@@ -294,6 +233,33 @@ def test_ahead_leaves_what_other_processes_read_next_and_their_share(node: Node)
     assert len(node.cached()) == 4 and {"c", "d", "e"} < set(node.cached())
 
 
+def test_ahead_takes_no_more_than_its_share(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch, done = Cache._fetch, []
+
+    def noted(self: Cache, name: str, ahead: bool) -> str:
+        done.append((name, bool(reason := fetch(self, name, ahead))))
+        return reason
+
+    monkeypatch.setattr(Cache, "_fetch", noted)
+    first, second = node.cache(tars=4.5), node.cache(tars=4.5)
+    first.ahead(["sub/a.tar"])
+    until(lambda: len(done) == 1)
+    second.ahead([f"sub/{letter}.tar" for letter in "cdefgh"])
+    until(lambda: len(done) == 4)
+    assert done == [("sub/a.tar", False), ("sub/c.tar", False), ("sub/d.tar", False), ("sub/e.tar", True)]
+
+
+def test_a_new_list_replaces_the_old_one(node: Node) -> None:
+    cache = node.cache()
+    node.store.gate.clear()
+    cache.ahead(node.names)
+    until(lambda: len(node.store.asked) == 4)
+    cache.ahead(["sub/h.tar"])
+    node.store.gate.set()
+    until(lambda: "h" in node.cached())
+    assert node.cached() == ["a", "h"]
+
+
 def test_ahead_goes_on_after_a_tar_that_fails_or_never_fits(node: Node, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     cache = node.cache(**{"absent.tar": SIZE, "huge.tar": 1000 * SIZE})
@@ -302,15 +268,16 @@ def test_ahead_goes_on_after_a_tar_that_fails_or_never_fits(node: Node, caplog: 
     assert "not cached ahead: " in caplog.text and "absent.tar" in caplog.text
 
 
-def test_close_gives_up_what_is_under_way(node: Node) -> None:
+def test_close_gives_up_what_is_under_way(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "THREADS", 2)
     cache = node.cache()
     node.store.gate.clear()
     cache.ahead(node.names)
-    until(lambda: len(node.store.asked) == 4)
-    threading.Timer(0.2, node.store.gate.set).start()
+    until(lambda: len(node.store.asked) == 2)
+    threading.Thread(target=lambda: cache._closed.wait() and node.store.gate.set()).start()
     cache.close()
     until(lambda: node.hidden() == [])
-    assert node.cached() == [] and {name for name, _, _ in node.store.asked} == {"sub/a.tar"}
+    assert node.cached() == [] and len(node.store.asked) == 2
     with pytest.raises(StoreError, match="closed"):
         read(cache, "b")
     read(node.cache(), "a")
@@ -323,6 +290,29 @@ def test_close_does_not_wait_for_a_request_that_hangs(node: Node) -> None:
     until(lambda: len(node.store.asked) == 4)
     cache.close()
     assert not node.store.gate.is_set() and node.cached() == []
+
+
+# Locks
+
+
+def test_a_tar_appears_while_nobody_counts(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, replace = node.cache(), os.replace
+
+    def watched(source: str, target: Path) -> None:
+        assert not module._left_over(cache.root / ".lock")
+        replace(source, target)
+
+    monkeypatch.setattr(module.os, "replace", watched)
+    read(cache, "a")
+    assert node.cached() == ["a"]
+
+
+def test_a_lock_removes_no_file_but_its_own(tmp_path: Path) -> None:
+    with module._locked(tmp_path / "mine") as file:
+        file.write(b"mine")
+        os.replace(tmp_path / "mine", tmp_path / "renamed")
+        (tmp_path / "mine").write_bytes(b"another's")
+    assert (tmp_path / "mine").read_bytes() == b"another's" and (tmp_path / "renamed").read_bytes() == b"mine"
 
 
 # Other processes

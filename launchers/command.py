@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code.
 
     Returns:
-        0; 1 when something cannot be done (one message on stderr); 2 for a mistake in the command itself; 85 when it
-        was told to stop, saved, and can go on.
+        0; 1 when something, or a part of it, cannot be done (one message on stderr); 2 for a mistake in the command
+        itself; 85 when it was told to stop, saved, and can go on.
     """
     parsed = _parse(arguments)
     try:
@@ -189,28 +189,44 @@ def _build(parsed: argparse.Namespace) -> int:
         for problem in planned.problems:
             print(f"  skipped: {problem}")
         return 0
-    build(config)
-    return 0 if int(config.part.split("/")[1]) > 1 else _show_dataset(config.out)
+    tally = build(config)
+    rows = tally.table()
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    if int(config.part.split("/")[1]) == 1:
+        _show_dataset(config.out)
+    else:
+        print("".join(f"  skipped: {reason}\n" for reason in tally.skipped), end="")
+    return _incomplete(len(tally.skipped))
 
 
 def _merge(parsed: argparse.Namespace) -> int:
     from shards.build import merge
 
     config = _load(parsed, "shards")
-    if not parsed.dry_run:
-        merge(config)
-        return _show_dataset(config.out)
-    return 0
+    if parsed.dry_run:
+        return 0
+    merge(config)
+    return _incomplete(len(_show_dataset(config.out)["builds"][config.name]["skipped"]))
 
 
 def _index(parsed: argparse.Namespace) -> int:
     from shards.index import index
 
     config = _load(parsed, "shards")
-    return 0 if parsed.dry_run else _show_dataset(index(config))
+    return 0 if parsed.dry_run else _incomplete(len(_show_dataset(index(config))["skipped"]))
 
 
-def _show_dataset(data: str) -> int:
+def _incomplete(skipped: int) -> int:
+    """The exit code of a build that came to its end."""
+    if skipped:
+        files = f"{skipped} files were skipped (on_error=skip)"
+        print(f"mcf: finished, but {files}; they are named above and in dataset.json", file=sys.stderr)
+    return 1 if skipped else 0
+
+
+def _show_dataset(data: str) -> dict[str, Any]:
+    """Prints what a dataset holds and lacks; its `dataset.json`."""
     from shards.manifest import read_facts, summary
     from shards.store import open_store
 
@@ -224,7 +240,7 @@ def _show_dataset(data: str) -> int:
         print(f"  left out: {count} x {reason}")
     for reason in facts["skipped"]:
         print(f"  skipped: {reason}")
-    return 0
+    return facts
 
 
 def _verify(parsed: argparse.Namespace) -> int:

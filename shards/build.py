@@ -9,7 +9,6 @@ shard: what a killed builder leaves behind is at most a tar without record, whic
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -33,7 +32,8 @@ from shards.raster_io import footprint
 from shards.register import shift, stand_ins
 from shards.sample import Sample, Tile
 from shards.scene import LABEL, SceneError
-from shards.store import Store, open_store, told
+from shards.store import Store, open_store
+from shards.tally import Tally
 from shards.tile import OpenScene, is_empty, open_scene, read_cloud, read_tile
 from shards.write import ShardRecord, finish_shard, read_record, write_shard
 
@@ -42,11 +42,11 @@ __all__ = ["BuildError", "build", "build_shard", "merge", "plan"]
 BLOCK_BYTES = 128 << 20  # of values that are read at once; warping takes about three times as much
 
 
-def build(config: ShardsConfig) -> str:
+def build(config: ShardsConfig) -> Tally:
     """Build this part of a dataset, and merge it when there is only one part.
 
     Returns:
-        The dataset's address.
+        What was done, and which files were skipped under `on_error=skip`.
 
     Raises:
         BuildError, ArchiveError, SceneError, StoreError: nothing is lost; run the same command again to go on.
@@ -58,12 +58,16 @@ def build(config: ShardsConfig) -> str:
     mine = [i for i in range(planned.shards) if i % parts == part - 1]
     finished = _finished(store, config, planned)
     todo = [i for i in mine if shard_name(config, i) not in finished]
-    retries = _build_shards(config, planned, todo, len(mine) - len(todo))
+    tally = Tally(len(mine) - len(todo))
+    tally.skip(planned.problems)
+    if config.on_error == "skip":
+        for name in (shard_name(config, i) for i in sorted({*mine} - {*todo})):
+            tally.skip(read_record(store, name)[0].skipped)
+    _build_shards(config, planned, todo, tally)
     if parts == 1:
         merge(config, planned, store)
-    if retries := retries + store.retries:
-        tqdm.write(f"{config.out}: {told(retries)}", file=sys.stderr)
-    return config.out
+    tally.retries.update(store.retries)
+    return tally
 
 
 def _finished(store: Store, config: ShardsConfig, planned: Plan) -> set[str]:
@@ -79,19 +83,15 @@ def _finished(store: Store, config: ShardsConfig, planned: Plan) -> set[str]:
     return names
 
 
-def _build_shards(config: ShardsConfig, planned: Plan, todo: Sequence[int], done: int) -> Counter[str]:
-    """Builds shards under a progress bar; returns what had to be asked again of the store, by reason."""
+def _build_shards(config: ShardsConfig, planned: Plan, todo: Sequence[int], tally: Tally) -> None:
+    """Builds shards under a progress bar, and counts."""
     total = sum(len(planned.shard(index)) for index in todo)
-    note = f" ({done} shards were finished before)" if done else ""
-    left_out, written, retries = 0, 0, Counter[str]()
+    note = f" ({tally.finished} shards were finished before)" if tally.finished else ""
     with tqdm(total=total, desc=f"build{note}", unit="tile", disable=None) as bar:
         for record, tiles in _run(config, planned, todo):
-            left_out, written = left_out + sum(record.left_out.values()), written + record.bytes
-            retries.update(record.retries)
+            tally.add(record)
+            bar.set_postfix_str(tally.note(), refresh=False)
             bar.update(tiles)
-            rate = written / 1e6 / max(bar.format_dict["elapsed"], 1e-3)
-            bar.set_postfix_str(f"{rate:.0f} MB/s, {left_out} left out, {retries.total()} retries")
-    return retries
 
 
 def _run(config: ShardsConfig, planned: Plan, todo: Sequence[int]) -> Iterator[tuple[ShardRecord, int]]:

@@ -41,7 +41,8 @@ def merge(config: ShardsConfig, planned: Plan | None = None, store: Store | None
     store = store or open_store(config.out)
     planned = planned or plan(config)
     check_contract(config, planned)
-    tables, records = _own(config, planned, store)
+    tables, own = _own(config, planned, store)
+    records = list(own)
     others = {name: facts for name, facts in _builds(store).items() if name != config.name}
     for name, facts in others.items():
         found = [read_record(store, f"{name}-{index:06d}") for index in range(facts["shards"])]
@@ -52,7 +53,8 @@ def merge(config: ShardsConfig, planned: Plan | None = None, store: Store | None
     for record in records:
         statistics = merge_statistics(statistics, record.statistics)
     facts = dataset_facts(config, planned, records, rows, statistics)
-    facts["builds"] = {**others, config.name: _build_facts(config, planned)}
+    builds = {**others, config.name: _build_facts(config, planned, own)}
+    facts |= {"builds": builds, **_of_all(builds)}
     _check_rows(config, rows, facts)
     if config.split is not None:
         rows, facts["split"] = assign(rows, config.split)
@@ -107,12 +109,30 @@ def check_contract(config: ShardsConfig, planned: Plan) -> None:
         )
 
 
-def _build_facts(config: ShardsConfig, planned: Plan) -> dict[str, Any]:
+def _build_facts(config: ShardsConfig, planned: Plan, records: Sequence[ShardRecord]) -> dict[str, Any]:
     return {
         "plan": planned.fingerprint,
         "shards": planned.shards,
         "planned": planned.items,
         "archive": _archive(config),
+        **_lost(planned, records),
+    }
+
+
+def _lost(planned: Plan, records: Sequence[ShardRecord]) -> dict[str, Any]:
+    """What is not in the shards: counts by reason, and files that could not be used, each once."""
+    left_out = sum((Counter(record.left_out) for record in records), Counter(planned.reasons()))
+    skipped = dict.fromkeys(reason for record in records for reason in record.skipped)
+    return {"left_out": dict(left_out), "skipped": [*planned.problems, *skipped]}
+
+
+def _of_all(builds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What was planned and lost in all builds together."""
+    each = [builds[name] for name in sorted(builds)]
+    return {
+        "planned": sum(build["planned"] for build in each),
+        "left_out": dict(sum((Counter(build.get("left_out", {})) for build in each), Counter())),
+        "skipped": [reason for build in each for reason in build.get("skipped", ())],
     }
 
 
@@ -131,7 +151,6 @@ def dataset_facts(
     """What `dataset.json` says, but for splits and the fingerprint."""
     contract = _contract(config, planned, statistics).to_json()
     shards = {record.name: {"sha256": record.sha256, "bytes": record.bytes} for record in records if record.sha256}
-    left_out = sum((Counter(record.left_out) for record in records), Counter(planned.reasons()))
     return {
         "format_version": FORMAT_VERSION,
         "contract": contract,
@@ -144,9 +163,8 @@ def dataset_facts(
         "tile": {"size": config.tile.size, "min_valid": config.tile.min_valid},
         "written_by": f"mcf-mamba {version('mcf-mamba')}",
         "archive": _archive(config),
-        "left_out": dict(left_out),
         "left_out_examples": planned.examples(),
-        "skipped": [*planned.problems, *dict.fromkeys(reason for record in records for reason in record.skipped)],
+        **_lost(planned, records),
     }
 
 

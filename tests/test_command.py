@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import configs
 from launchers import command
-from tests.scenes import make_archive, shards_config
+from tests.scenes import make_archive, shards_config, write_catalog, write_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,6 +68,62 @@ def test_shards_commands_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "data/shard-000001.tar").write_bytes(b"")
     assert command.main(["shards", "verify", str(tmp_path / "data")]) == 1
     assert "shard-000001.tar: sha256 differs" in capsys.readouterr().out
+
+
+def test_a_build_ends_with_a_table_of_what_was_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_archive(tmp_path / "archive")
+    values = np.full((2, 96, 96), -12, np.float32)
+    values[:, :, :40] = np.nan
+    write_scene(tmp_path / "archive/place0/s1.tif", "s1", values=values)
+    config = tmp_path / "config.yaml"
+    config.write_text(configs.dump(shards_config(tmp_path / "archive", tmp_path / "data")))
+    assert command.main(["shards", "build", str(config), "part=1/2"]) == 0
+    assert table_of(capsys)["shards written"] == "3"
+    assert command.main(["shards", "build", str(config)]) == 0
+    told = table_of(capsys)
+    assert told["tiles written"] == "11" and told["shards written"] == "3 (3 more were finished before)"
+    assert told["tiles left out"] == told["valid fraction of s1 under 0.5"] == "1"
+    assert float(told["MB written"]) == pytest.approx(
+        sum(size_of(tmp_path / "data", i) for i in (1, 3, 5)) / 1e6, abs=0.1
+    )
+    assert all(float(told[name]) > 0 for name in ("seconds of building", "tiles/s", "MB/s"))
+    assert told["retries"] == told["files skipped"] == "0"
+
+
+def table_of(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    lines = [re.split(" {2,}", line.strip(), maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    return {line[0]: line[1] for line in lines if len(line) == 2}
+
+
+def size_of(data: Path, shard: int) -> int:
+    return (data / f"shard-{shard:06d}.tar").stat().st_size
+
+
+@pytest.mark.parametrize("fault", ["when it is opened", "when it is read"])
+def test_a_build_that_skipped_files_is_finished_named_and_not_called_a_success(tmp_path: Path, fault: str) -> None:
+    make_archive(tmp_path / "archive")
+    damaged = tmp_path / "archive/place1/s1.tif"
+    damaged.write_bytes(b"" if fault == "when it is opened" else damaged.read_bytes()[:20_000])
+    config = tmp_path / "config.yaml"
+    config.write_text(configs.dump(shards_config(tmp_path / "archive", tmp_path / "data", "on_error=skip")))
+    for _ in ("built", "found finished"):
+        done = run("shards", "build", str(config))
+        assert done.returncode == 1 and re.search(r"^files skipped +1$", done.stdout, re.M)
+        assert "data: 18 samples" in done.stdout and f"skipped: {damaged}" in done.stdout
+        assert done.stderr.endswith(
+            "mcf: finished, but 1 files were skipped (on_error=skip); they are named above and in dataset.json\n"
+        )
+    parts = [run("shards", "build", str(config), f"part={part}/2", f"out={tmp_path / 'parts'}") for part in (1, 2)]
+    assert 1 in [done.returncode for done in parts]
+    assert all((done.returncode == 1) == (f"skipped: {damaged}" in done.stdout) for done in parts)
+    merged = run("shards", "merge", str(config), f"out={tmp_path / 'parts'}")
+    assert merged.returncode == 1 and f"skipped: {damaged}" in merged.stdout
+    (tmp_path / "later").mkdir()
+    write_catalog(
+        tmp_path / "later", [row | {"place": f"{row['place']}-b"} for row in make_archive(tmp_path / "later", 1)]
+    )
+    later = run("shards", "build", str(config), f"archive.root={tmp_path / 'later'}", "name=later")
+    assert later.returncode == 0 and "27 samples" in later.stdout and f"skipped: {damaged}" in later.stdout
 
 
 @pytest.mark.parametrize(

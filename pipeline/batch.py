@@ -48,6 +48,15 @@ class Batch:
             self.keys,
         )
 
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies while it computes."""
+        return replace(
+            self,
+            values={name: tensor.pin_memory() for name, tensor in self.values.items()},
+            valid={name: tensor.pin_memory() for name, tensor in self.valid.items()},
+            label=None if self.label is None else self.label.pin_memory(),
+        )
+
 
 def collate(items: Sequence[tuple[Sample, int]], contract: Contract) -> Batch:
     """Stack and normalise (sample, position) pairs for the modalities of `contract`, each turned as its facts say.

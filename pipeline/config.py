@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from configs import ConfigError
 from pipeline.model.config import ModelConfig
 from shards.contract import Normalisation
+from shards.reading import Reading
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -116,7 +117,9 @@ class Training:
     """What pretraining and finetuning have in common."""
 
     run: str = Field(description="run folder; an unfinished run of the same config goes on")
-    data: str = Field(description="dataset: a folder that holds manifest.parquet, local or s3://")
+    data: str | dict[str, PositiveInt] = Field(
+        description="dataset: a folder that holds manifest.parquet, local or s3://; or {dataset: weight, ...} to mix"
+    )
     sensors: tuple[str, ...] = Field(default=(), description="modalities to use; empty = all")
     where: Where = Field(default_factory=dict, description="{column: allowed values} of the manifest")
     model: ModelConfig = Field(default_factory=ModelConfig, description="size and variant of MCF-Mamba")
@@ -129,6 +132,7 @@ class Training:
     steps: int = Field(ge=1, description="optimiser steps of the whole run")
     seed: int = Field(default=0, description="of weights, order, masks, augmentation and drop path")
     lanes: int = Field(default=16, ge=1, description="stretches of the data read side by side")
+    reading: Reading = Field(default_factory=Reading, description="threads, memory and cache of reading")
     checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints; the last is always saved")
     keep: int = Field(default=3, ge=1, description="newest checkpoints that are kept")
     normalise: Normalisation = Field(
@@ -136,6 +140,7 @@ class Training:
         description="by statistics or by clip range (the paper's); a start keeps its own",
     )
     augment: bool = Field(default=True, description="flips and quarter turns")
+    crop: int | None = Field(default=None, ge=32, description="side of a crop taken of every sample; null = all of it")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -6,12 +6,18 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import replace
 from typing import TypeVar
 
-from pipeline.augment import augment
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from pipeline.augment import Augmentation, augment
 from pipeline.batch import Batch, collate
 from shards.contract import Contract
 from shards.sample import Sample
+from shards.stream import Stream
 
 T = TypeVar("T")
 
@@ -24,11 +30,37 @@ def micro_batches(stream: Iterable[tuple[Sample, int]], size: int, contract: Con
 
 
 def training_batches(
-    stream: Iterable[tuple[Sample, int]], size: int, contract: Contract, augment_seed: int | None
+    stream: Iterable[tuple[Sample, int]], size: int, contract: Contract, how: Augmentation
 ) -> Iterator[Batch]:
-    """Micro-batches, turned and flipped unless `augment_seed` is None, prepared ahead of the model."""
-    batches = micro_batches(stream, size, contract)
-    return read_ahead(batches if augment_seed is None else (augment(batch, augment_seed) for batch in batches))
+    """Micro-batches, augmented and, for a GPU, in pinned memory, prepared ahead of the model."""
+    batches = (augment(batch, how) for batch in micro_batches(stream, size, contract))
+    return read_ahead((batch.pin_memory() for batch in batches) if torch.cuda.is_available() else batches)
+
+
+class StreamDataset(IterableDataset[Batch]):
+    """A stream for `torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=W)`, which Lightning takes too.
+
+    Yields this rank's micro-batches (`share.micro_batch`) for ever; worker w makes every W-th, so that their order is
+    the same for any W. To go on after step S, `stream.load(stream.state(S * global_batch))` before the loader is made.
+
+    Args:
+        stream: where to read, from its position on.
+        contract: how to normalise; `Contract.normalised` makes one of the selection's.
+        how: augmentation.
+    """
+
+    def __init__(self, stream: Stream, contract: Contract, how: Augmentation | None = None) -> None:
+        self.stream, self.contract, self.how = stream, contract, how or Augmentation()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The micro-batches of this process."""
+        info, stream = get_worker_info(), self.stream
+        if info is not None:
+            # A copy with files of its own: processes that were forked share the position in an open one.
+            share = replace(stream.share, workers=info.num_workers, worker=info.id)
+            stream = stream.shared(deepcopy(stream.selection), share)
+        for batch in micro_batches(stream, stream.share.micro_batch, self.contract):
+            yield augment(batch, self.how)
 
 
 def read_ahead(items: Iterator[T], depth: int = 4) -> Iterator[T]:

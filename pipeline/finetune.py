@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs import ConfigError
+from pipeline.augment import augmentation
 from pipeline.batch import Batch
 from pipeline.config import FinetuneConfig
 from pipeline.dataset import training_batches
@@ -52,9 +53,9 @@ def finetune(config: FinetuneConfig) -> Path:
         raise ConfigError(f"data: {config.data} has no classes; finetuning needs labelled samples")
     engine = build_engine(run, start, build_model(run, start, len(classes.names), new=HEAD))
     share = Share(config.batch.global_batch, ranks.world, ranks.rank)
-    stream = Stream(selection, config.seed, config.lanes, share, start.step * config.batch.global_batch)
+    stream = Stream(selection, config.seed, config.lanes, share, start.step * config.batch.global_batch, config.reading)
     inputs = run.contract.restrict(selection.contract.sensors)
-    batches = training_batches(stream, engine.micro_batch, inputs, config.seed if config.augment else None)
+    batches = training_batches(stream, engine.micro_batch, inputs, augmentation(config))
     hooks = [validation(run, engine, config), lambda _: {"io": stream.ledger}]
     train(run, engine, objective(classes.ignore, config.seed), batches, start.step, hooks)
     return run.folder
@@ -65,6 +66,7 @@ def labelled(config: FinetuneConfig) -> Selection:
 
     Raises:
         ManifestError: there is none.
+        ConfigError: `fraction` or `limit` with several datasets.
     """
     where = {**config.where, "labelled": [True]}
     everything = select(config.data, modalities=config.sensors, where=where)
@@ -72,7 +74,9 @@ def labelled(config: FinetuneConfig) -> Selection:
     count = min(count, config.limit or count)
     if count == len(everything):
         return everything
-    return select(config.data, modalities=config.sensors, where=where, limit=count, seed=config.seed)
+    if len(everything.parts) > 1:
+        raise ConfigError("fraction, limit: they choose among the samples of one dataset; data names several")
+    return everything.some(count, config.seed)
 
 
 def objective(ignore: int, seed: int) -> Objective:

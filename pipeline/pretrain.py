@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs import ConfigError
+from pipeline.augment import augmentation
 from pipeline.batch import Batch, collate
 from pipeline.config import PretrainConfig
 from pipeline.dataset import training_batches
@@ -57,8 +58,8 @@ def pretrain(config: PretrainConfig) -> Path:
     model = build_model(run, start, sum(run.contract.channels.values()))
     engine = build_engine(run, start, model)
     share = Share(config.batch.global_batch, ranks.world, ranks.rank)
-    stream = Stream(selection, config.seed, config.lanes, share, start.step * config.batch.global_batch)
-    batches = training_batches(stream, engine.micro_batch, run.contract, config.seed if config.augment else None)
+    stream = Stream(selection, config.seed, config.lanes, share, start.step * config.batch.global_batch, config.reading)
+    batches = training_batches(stream, engine.micro_batch, run.contract, augmentation(config))
     hooks = [lambda step: {"io": stream.ledger}, pictures(run, engine, config, stream)]
     train(run, engine, objective(config, run.contract), batches, start.step, hooks)
     return run.folder
@@ -96,11 +97,10 @@ def pictures(run: Run, engine: Engine, config: PretrainConfig, stream: Stream) -
     """
     count = len(stream.selection)
     rows = sorted({count * i // PICTURES for i in range(PICTURES)})
-    keys = stream.selection.rows["key"].take(rows).to_pylist()
 
     def draw(step: int) -> Mapping[str, object]:
         if step == config.steps or (config.pictures_every and step % config.pictures_every == 0):
-            batch = collate([(stream.at(key), row) for key, row in zip(keys, rows, strict=True)], run.contract)
+            batch = collate([(stream.row(row), row) for row in rows], run.contract)
             # On every rank, since the forward is collective under ZeRO 3.
             drawn = reconstruct(engine, config, batch.to(engine.device))
             if run.ranks.rank == 0:

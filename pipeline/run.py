@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,7 @@ from pipeline.engine import Engine, precision_line
 from pipeline.model.mcf_mamba import MCFMamba
 from pipeline.ranks import Ranks
 from shards.contract import Contract, ContractError, compare
-from shards.manifest import Selection
+from shards.manifest import Selection, differences
 
 CONFIG = "config.yaml"
 # What may change between two parts of one run, because it does not change what is computed.
@@ -38,6 +38,7 @@ FREE = (
     "data",
     "batch.micro_batch",
     "engine",
+    "reading",
     "stream",
     "checkpoint_every",
     "keep",
@@ -58,6 +59,7 @@ class Run:
         contract: what the model's inputs and classes mean.
         fingerprint: of the selection of data.
         ranks: who takes part.
+        data: identity of the selection, which tells what differs when the fingerprint does.
     """
 
     folder: Path
@@ -65,6 +67,7 @@ class Run:
     contract: Contract
     fingerprint: str
     ranks: Ranks
+    data: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -94,16 +97,19 @@ def open_run(config: Training, selection: Selection, ranks: Ranks, named: str | 
         CheckpointError: `named` is no checkpoint, or none of the run's own can be read.
         ContractError: the named checkpoint and the data mean different things.
     """
-    own = own_checkpoint(config, selection.fingerprint, ranks)
+    own = own_checkpoint(config, selection.fingerprint, ranks, selection.identity)
     source = own or (checkpoint.find(named) if named else None)
     data = selection.contract
     contract = adopt(source.contract, data) if source else data.normalised(config.normalise)
     if ranks.rank == 0:
         print(f"{config.run} starts from {source.folder if source else 'scratch'}", file=sys.stderr)
-    return Run(Path(config.run), config, contract, selection.fingerprint, ranks), Start(source, own is not None)
+    run = Run(Path(config.run), config, contract, selection.fingerprint, ranks, selection.identity)
+    return run, Start(source, own is not None)
 
 
-def own_checkpoint(config: Training, fingerprint: str, ranks: Ranks) -> Checkpoint | None:
+def own_checkpoint(
+    config: Training, fingerprint: str, ranks: Ranks, data: Sequence[Mapping[str, Any]] = ()
+) -> Checkpoint | None:
     """The newest checkpoint of the run folder, None if there is none yet; writes config.yaml.
 
     Raises:
@@ -114,16 +120,21 @@ def own_checkpoint(config: Training, fingerprint: str, ranks: Ranks) -> Checkpoi
         _check_same(folder, configs.load(folder / CONFIG), config)
     found = checkpoint.newest(folder)
     if found and found.facts["fingerprint"] != fingerprint:
-        _check_data(config, found, fingerprint)
+        what = "; ".join(differences(found.facts.get("data", data), data)) or "its shards are others"
+        _check_data(
+            config,
+            found,
+            f"{what}; fingerprint {found.facts['fingerprint'][:12]} until step {found.step}, "
+            f"{fingerprint[:12]} from then on",
+        )
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(folder / CONFIG, configs.dump(config))
     return found
 
 
-def _check_data(config: Training, found: Checkpoint, fingerprint: str) -> None:
+def _check_data(config: Training, found: Checkpoint, change: str) -> None:
     """Refuse other data than the run was begun with, unless the config says `stream: restart`."""
-    change = f"{found.facts['fingerprint'][:12]} until step {found.step}, {fingerprint[:12]} from then on"
     if config.stream == "restart":
         log.warning(
             "data: the selection has changed (%s); the stream goes on at position %d of the new order, so samples of "
@@ -131,7 +142,7 @@ def _check_data(config: Training, found: Checkpoint, fingerprint: str) -> None:
         )  # fmt: skip
         return
     raise ConfigError(
-        f"data: the selection of {config.data} has changed since run {config.run} began (fingerprint {change}); "
+        f"data: the selection of {config.data} has changed since run {config.run} began ({change}); "
         "restore the dataset, write stream=restart to go on in the new order, or choose another folder with run="
     )
 
@@ -236,6 +247,7 @@ def facts(run: Run, step: int, model: MCFMamba) -> dict[str, Any]:
         "seed": run.config.seed,
         "lanes": run.config.lanes,
         "fingerprint": run.fingerprint,
+        "data": list(run.data),
         "model": asdict(model.config),
         "scan": model.scan_backend,
         "contract": run.contract.to_json(),

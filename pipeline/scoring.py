@@ -75,5 +75,5 @@ def _equally_many(selection: Selection, contract: Contract, size: int, ranks: Ra
     largest_share = -(-len(selection) // ranks.world)
     for _ in range(-(-largest_share // size) - number):
         if not number:
-            last = collate([(stream.at(str(selection.rows["key"][0])), 0)], contract)
+            last = collate([(stream.row(0), 0)], contract)
         yield last, False

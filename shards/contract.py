@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from math import sqrt
+from operator import mul
 from typing import Any, Literal
 
 FORMAT_VERSION = 1
@@ -104,6 +106,13 @@ class Contract:
         """The contract with every modality's offset and scale settled."""
         return replace(self, modalities=tuple(modality.normalised(how) for modality in self.modalities))
 
+    def pooled(self, others: Sequence[Contract], weights: Sequence[float]) -> Contract:
+        """This contract with the mean and std of all pixels together, this one's and others', each with its weight."""
+        modalities = tuple(
+            _pooled([contract.modality(name) for contract in (self, *others)], weights) for name in self.sensors
+        )
+        return replace(self, modalities=modalities)
+
     def to_json(self) -> dict[str, Any]:
         """A plain dict of JSON's types; `from_json` is its inverse."""
         return asdict(self)
@@ -125,6 +134,19 @@ class Contract:
             resolution=data.get("resolution"),
             format_version=version,
         )
+
+
+def _pooled(modalities: Sequence[Modality], weights: Sequence[float]) -> Modality:
+    shares = [weight / sum(weights) for weight in weights]
+    means = [modality.mean for modality in modalities if modality.mean is not None]
+    stds = [modality.std for modality in modalities if modality.std is not None]
+    if min(len(means), len(stds)) < len(modalities):
+        return replace(modalities[0], mean=None, std=None)
+    mean = tuple(sum(map(mul, shares, band)) for band in zip(*means, strict=True))
+    squares = [[s * s + m * m for s, m in zip(*pair, strict=True)] for pair in zip(stds, means, strict=True)]
+    seconds = [sum(map(mul, shares, band)) for band in zip(*squares, strict=True)]
+    std = tuple(sqrt(max(0.0, second - m * m)) for second, m in zip(seconds, mean, strict=True))
+    return replace(modalities[0], mean=mean, std=std)
 
 
 def _build(kind: type[Any], data: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from shards.containers import readable, zarr_raster
-from shards.sample import Sample, Tile
+from shards.sample import Buffer, Sample, Tile
 from shards.scene import Asset, Scene
 from shards.tile import open_rasters, read_tile
 from shards.zarr_zip import Source, ZarrZip
@@ -38,7 +38,7 @@ def to_json(parts: Mapping[str, Part]) -> dict[str, Any]:
     return {name: asdict(part) for name, part in parts.items()}
 
 
-def decode(members: Mapping[str, bytes], parts: Mapping[str, Part], sensors: Sequence[str]) -> Sample:
+def decode(members: Mapping[str, Buffer], parts: Mapping[str, Part], sensors: Sequence[str]) -> Sample:
     """The sample whose groups are these members, named `KEY.<sensor>.zarr.zip`.
 
     Raises:
@@ -48,7 +48,7 @@ def decode(members: Mapping[str, bytes], parts: Mapping[str, Part], sensors: Seq
     return Sample(key, {name: _tile(members[f"{key}.{name}.zarr.zip"], key, name, parts[name]) for name in sensors})
 
 
-def _tile(content: bytes, key: str, sensor: str, part: Part) -> Tile:
+def _tile(content: Buffer, key: str, sensor: str, part: Part) -> Tile:
     name = f"{key}.{sensor}"
     with readable(name), zipfile.ZipFile(io.BytesIO(content)) as zipped:
         raster = zarr_raster(ZarrZip(Source(name), zipped), part.item, name)

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from shards.manifest import ManifestError, select
-from shards.order import Order
-from shards.stream import Share
+from shards.stream import Share, order_of
 
 # Setting -> default; None must be given.
 SETTINGS = {"global_batch": None, "seed": 0, "step": 0, "steps": 1, "world": 1, "rank": None, "lanes": 16}
@@ -27,13 +26,16 @@ def listing(data: str, settings: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     where = {"split": settings["split"].split(",")} if "split" in settings else None
     numbers = _numbers({key: value for key, value in settings.items() if key != "split"})
     selection = select(data, where=where)
-    order = Order([count for _, count in selection.shards], numbers["seed"], numbers["lanes"])
-    keys = selection.rows["key"].to_pylist()
+    order = order_of(selection, numbers["seed"], numbers["lanes"])
     ranks = range(numbers["world"]) if numbers["rank"] is None else [numbers["rank"]]
     for step in range(numbers["step"], numbers["step"] + numbers["steps"]):
         for rank in ranks:
             slots = Share(numbers["global_batch"], numbers["world"], rank).slots(step)
-            yield {"step": step, "rank": rank, "keys": [keys[order.sample(position)] for position in slots]}
+            yield {
+                "step": step,
+                "rank": rank,
+                "keys": [selection.row(order.sample(position)).key for position in slots],
+            }
 
 
 def _numbers(settings: Mapping[str, str]) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 N samples in shards, L lanes. Position p lies in epoch e = p div N; its place i = p mod N in the epoch is slot
 j = i div L of lane i mod L, and lanes are consecutive stretches of the epoch's shuffled list. That is a bijection for
 every N and L. The list is shuffled twice: shards are permuted by (seed, e); each lane's stretch is cut into blocks
-(of at most 64 samples, and at shard ends), and samples are permuted inside their block by (seed, e, lane, block).
+(of at most 16 samples, and at shard ends), and samples are permuted inside their block by (seed, e, lane, block).
 A block lies in one shard, so it can be read by one ranged request.
 
 Reading L lanes in turn mixes L shards in every batch; a rank that takes every R-th slot with R dividing L reads only
 its own lanes.
+
+Several datasets are mixed by cycles of 1,024 positions: each has its share of a cycle's slots, which slots is a
+permutation by (seed, cycle), and so its own position follows at once. In its own positions each has the order above.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 64
+BLOCK = 16  # samples; one lane's are some 15 MB of Sentinel-1 and -2, few enough for 16 lanes in a small buffer
+CYCLE = 1024
 
 Ints = NDArray[np.int64]
 
@@ -37,6 +41,7 @@ class Use(IntEnum):
     SHUFFLE_BLOCK = 7
     LIMIT = 8
     SPLIT = 9
+    MIX = 10
 
 
 def hash64(*words: int | NDArray[np.integer]) -> NDArray[np.uint64]:
@@ -72,6 +77,53 @@ class Block:
     first: int
     count: int
     taken: tuple[int, ...]
+
+
+class Mix:
+    """Which of several datasets stands at a position, and at which of its own.
+
+    Args:
+        orders: of each dataset.
+        weights: of each dataset, positive; rounded to whole slots of a cycle by largest remainder.
+        seed: of the permutation of slots.
+
+    Raises:
+        ValueError: a weight below 1, or one so small that its dataset has no slot in a cycle.
+    """
+
+    def __init__(self, orders: Sequence[Order], weights: Sequence[int], seed: int) -> None:
+        if min(weights) < 1:
+            raise ValueError(f"weights {list(weights)}: each must be 1 or more")
+        exact = np.asarray(weights, np.float64) * CYCLE / sum(weights)
+        counts = np.floor(exact).astype(np.int64)
+        counts[np.argsort(counts - exact, kind="stable")[: CYCLE - counts.sum()]] += 1
+        if counts.min() < 1:
+            raise ValueError(f"weights {list(weights)}: the smallest has less than one slot of {CYCLE}; leave it out")
+        self.orders, self.counts, self.seed = tuple(orders), counts, seed
+        self.starts = np.cumsum([0, *(order.count for order in orders)])  # first row of each dataset
+        self._cycle = lru_cache(maxsize=4)(self._deal)
+
+    def own(self, position: int) -> tuple[int, int]:
+        """Number of the dataset at `position`, and its own position there."""
+        if len(self.orders) == 1:
+            return 0, position
+        cycle, slot = divmod(position, CYCLE)
+        datasets, ranks = self._cycle(cycle)
+        which = int(datasets[slot])
+        return which, cycle * int(self.counts[which]) + int(ranks[slot])
+
+    def sample(self, position: int) -> int:
+        """Row of the selection, all its datasets one after the other, that stands at `position` (0 or more)."""
+        which, own = self.own(position)
+        return int(self.starts[which]) + self.orders[which].sample(own)
+
+    def _deal(self, cycle: int) -> tuple[Ints, Ints]:
+        """Of each slot of a cycle: the dataset, and how many slots before it are that dataset's."""
+        kinds = np.repeat(np.arange(len(self.counts)), self.counts)
+        datasets = kinds[permutation(CYCLE, self.seed, Use.MIX, cycle)]
+        ranks = np.empty(CYCLE, np.int64)
+        ranks[np.argsort(datasets, kind="stable")] = np.concatenate([np.arange(count) for count in self.counts])
+        return datasets, ranks
 
 
 class Order:
@@ -116,6 +168,15 @@ class Order:
         number = (start + slot - first) // BLOCK
         block = self._block(epoch, lane, shard, number)
         return block, start + slot - first - number * BLOCK
+
+    def upcoming(self, position: int) -> list[int]:
+        """Shards that the lanes read at `position`, then those that follow them in the epoch."""
+        epoch, place = divmod(position, self.count)
+        shards, ends = self._epoch(epoch)
+        bounds = np.array([self._lane_start(lane) for lane in range(self.lanes + 1)])
+        at = np.minimum(bounds[:-1] + place // self.lanes, bounds[1:] - 1)[bounds[1:] > bounds[:-1]]
+        now = np.searchsorted(ends, at, side="right")
+        return list(dict.fromkeys(shards[[*now, *np.minimum(now + 1, len(shards) - 1)]].tolist()))
 
     def _lane_start(self, lane: int) -> int:
         size, rest = divmod(self.count, self.lanes)

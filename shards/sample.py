@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 
 # Blosc2 starts eight threads for every frame that it writes, whatever its parameters say. Samples are encoded and
 # decoded by many processes and threads already: with one thread a build takes a tenth less, two at once a quarter less.
-os.environ.setdefault("BLOSC_NTHREADS", "1")
+os.putenv("BLOSC_NTHREADS", "1")
+blosc2.set_releasegil(True)
 
 FORMAT_VERSION = 1
 
@@ -34,6 +36,7 @@ EXTENSIONS: Mapping[Encoding, str] = MappingProxyType(
     {"blosc2-zstd": "b2nd", "blosc2-lz4": "b2nd", "npy": "npy", "geotiff": "tif"}
 )
 
+Buffer = bytes | memoryview
 _CODECS = {"blosc2-zstd": blosc2.Codec.ZSTD, "blosc2-lz4": blosc2.Codec.LZ4}
 
 
@@ -103,24 +106,45 @@ def encode_array(values: NDArray[Any], encoding: Encoding, meta: Mapping[str, An
     return bytes(array.to_cframe())
 
 
-def decode_array(data: bytes, extension: str) -> NDArray[Any]:
+def decode_array(data: Buffer, extension: str) -> NDArray[Any]:
     """The array of a member whose name ends in `extension` (b2nd, npy or tif; the last always [C, H, W]).
 
     Raises:
         ValueError: another extension, or bytes that are not such an array.
     """
     if extension == "npy":
-        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+        return _from_npy(data)
     if extension == "tif":
         from shards.raster_io import from_geotiff_bytes
 
-        return from_geotiff_bytes(data)
+        return from_geotiff_bytes(bytes(data))
     if extension != "b2nd":
         raise ValueError(f"a member ending in .{extension}; arrays end in .b2nd, .npy or .tif")
     try:
-        return np.asarray(blosc2.ndarray_from_cframe(data)[:])
+        return _from_b2nd(data)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"not a readable b2nd array ({len(data)} bytes): {error}") from None
+
+
+def _from_npy(data: Buffer) -> NDArray[Any]:
+    """The array as a view of `data`, which NumPy's own reader would copy twice."""
+    head = io.BytesIO(data[:4096])
+    if np.lib.format.read_magic(head) != (1, 0):
+        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+    shape, column_major, dtype = np.lib.format.read_array_header_1_0(head)
+    if column_major or dtype.hasobject:
+        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+    return np.frombuffer(data, dtype, math.prod(shape), head.tell()).reshape(shape)
+
+
+def _from_b2nd(data: Buffer) -> NDArray[Any]:
+    frame = blosc2.ndarray_from_cframe(data)
+    if frame.chunks != frame.shape or frame.blocks != (1,) * (frame.ndim - 2) + frame.shape[-2:]:
+        return np.asarray(frame[:])
+    # As `encode_array` writes them, the one chunk is the array; taken so, other threads run meanwhile.
+    out = np.empty(frame.shape, frame.dtype)
+    blosc2.decompress2(frame.schunk.get_chunk(0), dst=out)
+    return out
 
 
 def encode(sample: Sample, encoding: Encoding) -> dict[str, bytes]:
@@ -140,7 +164,7 @@ def encode(sample: Sample, encoding: Encoding) -> dict[str, bytes]:
     return members
 
 
-def decode(members: Mapping[str, bytes], sensors: tuple[str, ...] = ()) -> Sample:
+def decode(members: Mapping[str, Buffer], sensors: tuple[str, ...] = ()) -> Sample:
     """The sample that `encode` made; with `sensors`, only these modalities are decoded.
 
     Raises:
@@ -149,7 +173,7 @@ def decode(members: Mapping[str, bytes], sensors: tuple[str, ...] = ()) -> Sampl
     parts = {name.split(".", 1)[1]: data for name, data in members.items()}
     if "json" not in parts:
         raise ValueError(f"members {sorted(members)}: no .json among them, so this is not a sample of ours")
-    facts = json.loads(parts.pop("json"))
+    facts = json.loads(bytes(parts.pop("json")))
     if facts.pop("format_version", 0) > FORMAT_VERSION:
         raise ValueError(f"{facts['key']}: written by a newer release (this one reads version {FORMAT_VERSION})")
     arrays = {name.rsplit(".", 1)[0]: (data, name.rsplit(".", 1)[1]) for name, data in parts.items()}
@@ -173,7 +197,7 @@ def decode_webdataset(item: Mapping[str, Any]) -> Sample:
     return decode({f"{key}.{name}": data for name, data in item.items() if not name.startswith("__")})
 
 
-def _plane(member: tuple[bytes, str]) -> NDArray[Any]:
+def _plane(member: tuple[Buffer, str]) -> NDArray[Any]:
     """An array [H, W]."""
     array = decode_array(*member)
     return array.reshape(array.shape[-2:])

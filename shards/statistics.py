@@ -62,10 +62,11 @@ class BandStatistics:
         return BandStatistics(count=int(data["count"]), **arrays)
 
     def percentile(self, share: float, clip: tuple[float, float]) -> Floats:
-        """Value per band below which `share` (0..1) of the pixels lie, to the width of a histogram bin."""
+        """Value per band below which `share` (0..1) of the pixels lie, taken as evenly spread in a histogram's bin."""
         edges = np.linspace(*clip, BINS + 1)
-        below = np.cumsum(self.histogram, axis=1) / max(self.count, 1)
-        return np.asarray([edges[1:][min(int(np.searchsorted(row, share)), BINS - 1)] for row in below])
+        below = np.pad(np.cumsum(self.histogram, axis=1), ((0, 0), (1, 0)))  # [C, BINS + 1], at the edges
+        found = [np.interp(share * row[-1], row, edges) for row in below]
+        return np.clip(np.asarray(found), self.low, self.high)
 
 
 def measure(sample: Sample) -> dict[str, BandStatistics]:

@@ -17,7 +17,6 @@ from typing import IO, Any
 import crc32c
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
@@ -27,7 +26,7 @@ from shards.sample import Sample, decode
 from shards.shifts import LIMITS, Shifts
 from shards.statistics import BandStatistics, measure, merge
 from shards.store import Store, StoreError, open_store
-from shards.stream import Share, Stream
+from shards.stream import Share, Stream, StreamError
 
 PIECE = 1 << 20  # bytes of a tar that are read at once
 BATCH = 1024  # rows of the manifest
@@ -208,18 +207,20 @@ def _compare(sample: Sample, row: Row, contract: Contract) -> Iterator[str]:
 def _verify_foreign(data: str, tars: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     """Tars of others: there, of the size that they had, and their first samples readable."""
     selection = select(data)
+    (part,) = selection.parts
     reader = Stream(selection, 0, 1, Share(1))
     for name, facts in tars.items():
         try:
-            selection.store.range(name, facts["bytes"] - 1, 1)
+            part.store.range(name, facts["bytes"] - 1, 1)
         except StoreError as error:
             yield str(error)
-    for shard, _ in selection.shards:
-        key = selection.rows["key"][pc.index(selection.rows["shard"], shard).as_py()].as_py()
+    first = 0
+    for shard, count in part.shards:
         try:
-            reader.at(key)
-        except (StoreError, ValueError) as error:
-            yield f"{shard}: {key}: {error}"
+            reader.row(first)
+        except (StoreError, StreamError, ValueError) as error:
+            yield f"{shard}: {part.row(first).key}: {error}"
+        first += count
 
 
 def registration(data: str) -> list[str]:

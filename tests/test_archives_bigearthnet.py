@@ -239,7 +239,7 @@ def test_bigearthnet_v2_as_shards(tmp_path: Path) -> None:
     samples = built("shards-bigearthnet-v2", root, tmp_path / "out", "tile.size=120")
     raw = np.random.default_rng(3).choice(CORINE, (120, 120))
     assert len(samples) == 2
-    assert set(select(str(tmp_path / "out")).rows["split"].to_pylist()) == {"train", "val"}
+    assert set(select(str(tmp_path / "out")).rows(["split"])["split"].to_pylist()) == {"train", "val"}
     for sample in samples.values():
         assert (sample.tiles["s2-l2a"].values == np.arange(2000, 2012)[:, None, None]).all()
         np.testing.assert_array_equal(sample.label, merged(raw, "shards-bigearthnet-v2"))

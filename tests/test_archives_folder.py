@@ -85,7 +85,7 @@ def test_a_folder_by_pattern(tmp_path: Path) -> None:
     assert scenes[L2A].assets[0].radiometry.offset == -1000 and scenes["s1"].assets[0].radiometry == Radiometry()
     made = samples("folder", tmp_path, [L2A, "s1"], pattern)
     assert len(made) == 18
-    assert set(select(str(tmp_path / ".data")).rows["split"].to_pylist()) == {"train", "test"}
+    assert set(select(str(tmp_path / ".data")).rows(["split"])["split"].to_pylist()) == {"train", "test"}
 
 
 def test_one_file_per_band_with_its_mask(tmp_path: Path) -> None:

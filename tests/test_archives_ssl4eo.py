@@ -160,7 +160,7 @@ def test_v1_1_zips_as_shards(tmp_path: Path) -> None:
     assert sample.meta["transform"] == [10.0, 0.0, corner(12)[0], 0.0, -10.0, corner(12)[1]]
     # Codes 0 to 6 in turn: 3 and 4 are cloud, 6 is no data.
     assert sample.meta["cloud"] == pytest.approx(2 / 7, abs=0.01)
-    rows = select(str(tmp_path / "out")).rows
+    rows = select(str(tmp_path / "out")).rows(["key", "split"])
     assert rows["split"][rows["key"].to_pylist().index(sample.key)].as_py() == "train"
     assert built("shards-ssl4eo-s12-v1.1", root, tmp_path / "clear", "tile.max_cloud=0.3")
     with pytest.raises(Exception, match="cloud over 0.1"):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from pipeline.augment import augment, symmetry
+from pipeline.augment import Augmentation, augment, symmetry
 from pipeline.batch import Batch
 
 
@@ -30,7 +30,7 @@ def test_symmetries_are_the_eight_of_the_square() -> None:
 
 
 def test_everything_of_a_sample_turns_alike() -> None:
-    turned = augment(batch(64, 8, 8), seed=1)
+    turned = augment(batch(64, 8, 8), Augmentation(1, True))
     assert turned.label is not None
     assert torch.equal(turned.values["a"][:, 0].long(), turned.label)
     assert torch.equal(turned.values["b"][:, 1].long(), -turned.label)
@@ -40,7 +40,7 @@ def test_everything_of_a_sample_turns_alike() -> None:
 
 
 def test_oblong_samples_keep_their_shape() -> None:
-    turned = augment(batch(64, 4, 6), seed=1)
+    turned = augment(batch(64, 4, 6), Augmentation(1, True))
     assert turned.label is not None and turned.label.shape == (64, 4, 6)
     assert len({tuple(item.flatten().tolist()) for item in turned.label}) == 4
 
@@ -56,9 +56,13 @@ def test_keyed_by_seed_and_position_not_by_place_in_the_batch() -> None:
         positions=whole.positions[5:6],
         keys=["5"],
     )
-    assert torch.equal(augment(one, 3).values["b"], augment(whole, 3).values["b"][5:6])
-    assert not torch.equal(augment(whole, 3).values["b"], augment(whole, 4).values["b"])
+    assert torch.equal(
+        augment(one, Augmentation(3, True)).values["b"], augment(whole, Augmentation(3, True)).values["b"][5:6]
+    )
+    assert not torch.equal(
+        augment(whole, Augmentation(3, True)).values["b"], augment(whole, Augmentation(4, True)).values["b"]
+    )
 
 
 def test_without_label() -> None:
-    assert augment(replace(batch(2, 4, 4), label=None), 0).label is None
+    assert augment(replace(batch(2, 4, 4), label=None), Augmentation(0, True)).label is None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.augment import Augmentation
 from pipeline.batch import collate, normalise, upright
 from pipeline.dataset import micro_batches, read_ahead, training_batches
 from shards.contract import ContractError
@@ -125,8 +126,8 @@ def test_reading_ahead_can_be_left_early() -> None:
 
 
 def test_training_batches_are_augmented_by_position_alone() -> None:
-    plain = next(training_batches(PAIRS, 5, CONTRACT, None))
-    turned = next(training_batches(PAIRS, 5, CONTRACT, 7))
-    one_by_one = list(training_batches(PAIRS, 1, CONTRACT, 7))
+    plain = next(training_batches(PAIRS, 5, CONTRACT, Augmentation()))
+    turned = next(training_batches(PAIRS, 5, CONTRACT, Augmentation(7, True)))
+    one_by_one = list(training_batches(PAIRS, 1, CONTRACT, Augmentation(7, True)))
     assert not torch.equal(plain.values["s1"], turned.values["s1"])
     assert torch.equal(torch.cat([batch.values["s1"] for batch in one_by_one]), turned.values["s1"])

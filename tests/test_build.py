@@ -226,7 +226,7 @@ def test_selection(dataset: Path) -> None:
 def test_ranks_together_see_the_same_sequence_from_any_position(dataset: Path, ranks: int) -> None:
     selection = select(str(dataset / "data"))
     whole = Stream(selection, 3, 4, Share(4))
-    expected = [selection.rows["key"][whole.order.sample(p)].as_py() for p in range(60)]
+    expected = [selection.row(whole.order.sample(p)).key for p in range(60)]
     found: dict[int, str] = {}
     for rank in range(ranks):
         stream = iter(Stream(selection, 3, 4, Share(4, ranks, rank), position=8))
@@ -303,7 +303,7 @@ def test_another_build_adds_its_samples_and_touches_no_shard(tmp_path: Path) -> 
     assert verify(str(tmp_path / "data")) == []
     facts = json.loads(after["dataset.json"])
     assert {name: entry["planned"] for name, entry in facts["builds"].items()} == {"shard": 27, "later": 18}
-    assert facts["statistics"]["s1"]["count"] == 45 * 32 * 32
+    assert facts["statistics"]["s1"]["count"] == 45 * 32 * 32 and facts["planned"] == 45
     keys = {sample.key for sample, _ in Stream(second, 0, 4, Share(1)).once()}
     assert len(keys) == 45 and {key[:6] for key in keys} == {f"place{number}" for number in range(5)}
 

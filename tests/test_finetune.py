@@ -139,7 +139,7 @@ def test_unlabelled_data_and_empty_selections_are_refused(folder: Path) -> None:
 
 
 def keys(settings: Any) -> list[str]:
-    return sorted(labelled(settings).rows["key"].to_pylist())
+    return sorted(labelled(settings).rows(["key"])["key"].to_pylist())
 
 
 def test_few_labels_are_chosen_by_the_seed(folder: Path) -> None:

@@ -50,7 +50,7 @@ def test_two_scenes_of_one_moment_show_their_common_ground_once(tmp_path: Path) 
         rows.append({"place": name, "sensor": "s2-l2a", "href": f"{name}.tif", "time": time})
     write_catalog(tmp_path, rows)
     build(config(tmp_path, "sensors=[s2-l2a]"))
-    keys = select(str(tmp_path / "data")).rows["key"].to_pylist()
+    keys = select(str(tmp_path / "data")).rows(["key"])["key"].to_pylist()
     assert [sum(key.startswith(name) for key in keys) for name in "abc"] == [9, 3, 9]
     assert {key for key in keys if key.startswith("b")} == {f"b-{row:05d}-00064" for row in (0, 32, 64)}
     assert facts(tmp_path)["left_out"] == {"shown by another scene of the same time": 6}
@@ -73,9 +73,9 @@ def test_a_grid_of_given_metres_in_the_utm_zone(tmp_path: Path) -> None:
     write_catalog(tmp_path, ROWS)
     build(config(tmp_path, "tile.metres=10"))
     selection = select(str(tmp_path / "data"))
-    assert set(selection.rows["crs"].to_pylist()) == {"EPSG:32633"}
+    assert set(selection.rows(["crs"])["crs"].to_pylist()) == {"EPSG:32633"}
     assert selection.contract.resolution == 10.0
-    corners = np.array(selection.rows["transform"].to_pylist())
+    corners = np.array(selection.rows(["transform"])["transform"].to_pylist())
     assert (corners[:, [0, 4]] == [10, -10]).all() and (corners[:, [2, 5]] % 10 == 0).all()
 
 
@@ -101,9 +101,9 @@ def test_cloudy_tiles_are_left_out_and_counted(tmp_path: Path) -> None:
     write_catalog(tmp_path, [*ROWS, {"place": "p", "sensor": "s2-l2a", "href": "scl.tif", "band": "SCL"}])
     build(config(tmp_path, "tile.max_cloud=0.3"))
     assert facts(tmp_path)["left_out"] == {"cloud over 0.3": 4}
-    assert set(select(str(tmp_path / "data")).rows["cloud"].to_pylist()) == {0.0}
+    assert set(select(str(tmp_path / "data")).rows(["cloud"])["cloud"].to_pylist()) == {0.0}
     build(shards_config(tmp_path, tmp_path / "all", "label=null"))
-    assert sorted(select(str(tmp_path / "all")).rows["cloud"].to_pylist()) == [0, 0, 0, 0, 0, 0.5, 1, 1, 1]
+    assert sorted(select(str(tmp_path / "all")).rows(["cloud"])["cloud"].to_pylist()) == [0, 0, 0, 0, 0, 0.5, 1, 1, 1]
 
 
 WRONG = {
@@ -141,7 +141,7 @@ def test_splits_of_the_config_are_in_the_manifest_and_in_the_fingerprint(tmp_pat
     fingerprints = set()
     for seed in range(4):
         build(configs.parse({**raw, "split": {**split, "seed": seed}}))  # shards stay; only the manifest is new
-        rows = select(str(tmp_path / "data")).rows
+        rows = select(str(tmp_path / "data")).rows(["group", "split"])
         by_group = {
             (group, split) for group, split in zip(rows["group"].to_pylist(), rows["split"].to_pylist(), strict=True)
         }
@@ -179,7 +179,7 @@ def test_planted_shifts_are_measured_reported_and_filtered(tmp_path: Path) -> No
         rows += [{"place": place, "sensor": s, "href": f"{place}/{s[:2]}.tif"} for s in ("s2-l2a", "s1")]
     write_catalog(tmp_path, rows)
     build(config(tmp_path, "tile.size=96"))
-    table = select(str(tmp_path / "data")).store.get("manifest.parquet")
+    table = select(str(tmp_path / "data")).parts[0].store.get("manifest.parquet")
     for row in read_table(table).to_pylist():
         assert row["shift"]["s1"] == pytest.approx((3, -2) if row["key"].startswith("off") else (0, 0), abs=0.2)
     (line,) = registration(str(tmp_path / "data"))

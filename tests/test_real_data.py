@@ -63,7 +63,7 @@ def test_shards_hold_the_real_pixels(dataset: Path) -> None:
     facts = read_facts(open_store(dataset / "data"))
     assert facts["samples"] >= 40
     selection = select(str(dataset / "data"))
-    assert set(selection.rows["crs"].to_pylist()) == {f"EPSG:{crs}" for crs in _crs_of_the_files(dataset)}
+    assert set(selection.rows(["crs"])["crs"].to_pylist()) == {f"EPSG:{crs}" for crs in _crs_of_the_files(dataset)}
     for sample, _ in Stream(selection, 0, 1, Share(1)).once():
         source = Path(sample.meta["sources"][0])
         row, col = (int(part) for part in sample.key.split("-")[-2:])

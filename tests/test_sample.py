@@ -139,3 +139,12 @@ def test_streamed_statistics_equal_those_of_all_pixels_together() -> None:
     np.testing.assert_allclose(found.mean, pixels.mean(1, dtype=np.float64), rtol=1e-9)  # type: ignore[attr-defined]
     np.testing.assert_allclose(found.std, pixels.std(1, dtype=np.float64), rtol=1e-9)  # type: ignore[attr-defined]
     np.testing.assert_allclose(found.percentile(0.5, (-25, 0)), np.median(pixels, 1), atol=0.1)  # type: ignore[attr-defined]
+
+
+def test_a_percentile_lies_inside_its_bin_and_inside_the_values() -> None:
+    """Dark bands of reflectance lie in one bin of 39: its edge would be above their mean."""
+    values = np.linspace(10, 20, 1024, dtype=np.float32).reshape(1, 32, 32)
+    tile = Tile(np.repeat(values, 12, 0), np.ones((32, 32), bool))
+    found = measure(Sample("dark", {"s2-l2a": tile}))["s2-l2a"]
+    low, middle, high = (found.percentile(share, (0, 10_000))[0] for share in (0.02, 0.4, 1.0))
+    assert (low, high) == (10, 20) and middle == pytest.approx(0.4 * 10_000 / 256)

@@ -126,7 +126,7 @@ def shown(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def picture_of(data: str, shown: Path) -> Callable[[int, int], NDArray[Any]]:
     """The picture [side, side, 3], 0 to 255, of a sample (by its number) and a column on the sheet."""
     image = np.round(255 * imread(shown / "samples.png")[..., :3])
-    chosen = list(_chosen(select(data, columns=["times", "shift"]), 24))
+    chosen = list(_chosen(select(data), 24))
     layout = Layout.of(CONTRACT, chosen)
     keys = [one.sample.key for one in chosen]
 
@@ -196,7 +196,7 @@ def test_polygons_are_outlined_where_there_are_some(picture_of: Callable[[int, i
 
 
 def test_every_sample_has_a_picture_per_modality_and_nothing_overlaps(data: str, shown: Path) -> None:
-    chosen = list(_chosen(select(data, columns=["times", "shift"]), 24))
+    chosen = list(_chosen(select(data), 24))
     layout = Layout.of(CONTRACT, chosen)
     image = imread(shown / "samples.png")
     assert (layout.samples, layout.columns) == (6, 4) and image.shape[1] == layout.width
@@ -215,10 +215,10 @@ def test_every_sample_has_a_picture_per_modality_and_nothing_overlaps(data: str,
 
 def test_the_same_few_samples_from_all_over_the_dataset(data: str) -> None:
     def keys(samples: int) -> list[str]:
-        return [one.sample.key for one in _chosen(select(data, columns=["times", "shift"]), samples)]
+        return [one.sample.key for one in _chosen(select(data), samples)]
 
     assert keys(3) == keys(3) and set(keys(3)) < set(keys(4)) and len(keys(400)) == 6
-    assert keys(3) == select(data, limit=3).rows["key"].to_pylist()
+    assert keys(3) == select(data, limit=3).rows(["key"])["key"].to_pylist()
 
 
 @pytest.mark.parametrize(("side", "height", "width"), [(512, 171, 171), (300, 150, 150), (224, 224, 224)])
@@ -283,7 +283,7 @@ def polygons(axes: Any) -> PolyCollection:
 
 
 def test_footprints_are_drawn_where_they_are_in_the_colours_of_their_splits(data: str) -> None:
-    rows = select(data, columns=["geometry"]).rows
+    rows = select(data).rows(["geometry", "split", "group"])
     figure = atlas(rows)
     assert figure is not None
     (axes,) = figure.axes
@@ -427,7 +427,7 @@ def test_an_index_over_foreign_tars(tmp_path: Path) -> None:
     assert len(paths) == 4 and missing == []
     words = (tmp_path / "out/index.html").read_text(encoding="utf-8")
     assert "an index does not read all pixels" in words and "CC-BY-SA-4.0" in words and "3 of 3 samples" in words
-    chosen = list(_chosen(select(str(tmp_path / "indexed"), columns=["times", "shift"]), 1))
+    chosen = list(_chosen(select(str(tmp_path / "indexed")), 1))
     assert "valid 100 %" in chosen[0].notes["s1"]
 
 

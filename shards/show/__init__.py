@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shards.manifest import ManifestError, Selection, read_facts, select, some
+from shards.manifest import ManifestError, Selection, read_facts, select
 from shards.pictures import png
 from shards.report import Section, write_report
 from shards.show.atlas import atlas
@@ -21,7 +20,7 @@ from shards.store import open_store
 from shards.stream import Share, Stream
 
 SAMPLES, MOST = 24, 400
-COLUMNS = ("times", "shift", "geometry")  # of the manifest, besides those that reading needs
+COLUMNS = ("group", "split", "classes", "valid", "cloud", "times", "shift", "geometry")  # that pages are made of
 PAGE = "index.html"
 FILES = {"samples": "samples.png", "map": "footprints.png", "histograms": "histograms.png"}
 MISSING = {
@@ -56,23 +55,24 @@ def show(
     if not 1 <= samples <= MOST:
         raise ShowError(f"--samples {samples}: a contact sheet holds 1 to {MOST}")
     facts = read_facts(open_store(data))
-    selection = select(data, where=where, columns=COLUMNS)
+    selection = select(data, where=where)
     statistics = {name: BandStatistics.from_json(found) for name, found in facts.get("statistics", {}).items()}
+    rows = selection.rows(COLUMNS)
     chosen = list(_chosen(selection, samples))
     drawn = {
         "samples": sheet(selection.contract, statistics, chosen),
-        "map": atlas(selection.rows),
+        "map": atlas(rows),
         "histograms": histograms(selection.contract, statistics),
     }
     pictures = {name: png(figure) for name, figure in drawn.items() if figure is not None}
     missing = {name: MISSING[name] for name in FILES if name not in pictures}
-    look = Look(data, facts, selection, where or {}, chosen)
+    look = Look(data, facts, selection, rows, where or {}, chosen)
     return _write(out, data, pictures, list(sections(look, pictures, missing))), list(missing.values())
 
 
 def _chosen(selection: Selection, samples: int) -> Iterator[Shown]:
-    few = replace(selection, rows=some(selection.rows, samples).combine_chunks())
-    rows = few.rows.select(["group", "split", "cloud", "times", "shift"]).to_pylist()
+    few = selection.some(samples)
+    rows = few.rows(["group", "split", "cloud", "times", "shift"]).to_pylist()
     for sample, number in Stream(few, 0, 1, Share(1)).once():
         yield shrink(sample, selection.contract, rows[number])
 

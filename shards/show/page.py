@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from shards.manifest import Selection
 from shards.report import Figure, Section, Text
 from shards.show import tables
@@ -19,6 +21,7 @@ class Look:
     data: str
     facts: Mapping[str, Any]
     selection: Selection
+    rows: pa.Table
     where: Mapping[str, Sequence[Any]]
     chosen: Sequence[Shown]
 
@@ -31,7 +34,7 @@ def sections(look: Look, pictures: Mapping[str, bytes], missing: Mapping[str, st
         pictures: PNG files by name: `samples`, `map`, `histograms`.
         missing: why one of them was not made.
     """
-    rows, contract = look.selection.rows, look.selection.contract
+    rows, contract = look.rows, look.selection.contract
     yield Text("The dataset", _introduction(look))
     for title, name, caption in _captions(look):
         yield Figure(title, pictures[name], caption) if name in pictures else Text(title, f"There is {missing[name]}.")
@@ -64,7 +67,7 @@ def _introduction(look: Look) -> str:
 
 def _captions(look: Look) -> Iterator[tuple[str, str, str]]:
     """Title, name and caption of each picture."""
-    selection, lost = look.selection, look.selection.rows["geometry"].null_count
+    selection, lost = look.selection, look.rows["geometry"].null_count
     samples = (
         f"{len(look.chosen)} of {len(selection):,} samples, chosen by a hash of their row. A colour means the same "
         "values in all of them; striped where nothing was measured or labelled."
@@ -75,5 +78,9 @@ def _captions(look: Look) -> Iterator[tuple[str, str, str]]:
         "each in the colour of one of its samples and more opaque where there are more."
     )
     yield "Where they are", "map", where + f" {lost:,} samples without CRS are not on it." * bool(lost)
-    part = "some samples (an index does not read all pixels)" if selection.foreign else "all samples of the dataset"
+    part = (
+        "some samples (an index does not read all pixels)"
+        if selection.parts[0].foreign
+        else "all samples of the dataset"
+    )
     yield "Histograms", "histograms", f"How many of the valid pixels have which value, over {part}."

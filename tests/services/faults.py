@@ -19,6 +19,7 @@ import argparse
 import http.client
 import json
 import random
+import shutil
 import socket
 import struct
 import subprocess
@@ -44,10 +45,11 @@ class Proxy(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, upstream: str, rate: float, kinds: Sequence[str], seed: int, delay: float) -> None:
+    def __init__(self, given: argparse.Namespace) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.upstream = urlsplit(upstream)
-        self.rate, self.kinds, self.seed, self.delay = rate, tuple(kinds), seed, delay
+        self.upstream = urlsplit(given.upstream)
+        self.rate, self.kinds, self.seed = given.rate, tuple(given.kinds), given.seed
+        self.delay, self.latency = given.delay, given.latency
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -77,6 +79,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(200, [("Content-Length", str(len(counts)))], counts)
             return
         fault = self.server.fault()
+        time.sleep(self.server.latency)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if fault in ("500", "503"):
             self._answer(int(fault), [("Content-Length", "0")], b"")
@@ -98,17 +101,19 @@ class Handler(BaseHTTPRequestHandler):
         upstream = self._ask()
         upstream.send(body)
         reply = upstream.getresponse()
+        headers = [(name, value) for name, value in reply.getheaders() if name.lower() not in HOP]
+        if not fault:
+            self._answer(reply.status, headers, b"")
+            shutil.copyfileobj(reply, self.wfile, 1 << 20)
+            upstream.close()
+            return
         answer = reply.read()
         upstream.close()
-        headers = [(name, value) for name, value in reply.getheaders() if name.lower() not in HOP]
         if fault == "slow":
             time.sleep(self.server.delay)
-        elif not fault:
-            self._answer(reply.status, headers, answer)
         elif answer:
             self._answer(reply.status, headers, answer[: len(answer) // 2])
-        if fault:
-            self._cut()
+        self._cut()
 
     def _ask(self) -> http.client.HTTPConnection:
         """A connection to the server behind, which has the head of this request already."""
@@ -158,7 +163,13 @@ class Faults:
 
 @contextmanager
 def faults(
-    upstream: str, *, rate: float = 0.05, kinds: Sequence[str] = KINDS, seed: int = 0, delay: float = 5
+    upstream: str,
+    *,
+    rate: float = 0.05,
+    kinds: Sequence[str] = KINDS,
+    seed: int = 0,
+    delay: float = 5,
+    latency: float = 0,
 ) -> Iterator[Faults]:
     """Runs a proxy before `upstream`.
 
@@ -168,10 +179,13 @@ def faults(
         kinds: of the table above, equally likely.
         seed: decides which.
         delay: seconds that `slow` takes; more than the client's patience.
+        latency: seconds for which every request is held back.
     """  # fmt: skip
     command = [sys.executable, "-m", "tests.services.faults", upstream, "--rate", str(rate), "--seed", str(seed)]
     with subprocess.Popen(
-        [*command, "--delay", str(delay), "--kinds", *kinds], stdout=subprocess.PIPE, text=True
+        [*command, "--delay", str(delay), "--latency", str(latency), "--kinds", *kinds],
+        stdout=subprocess.PIPE,
+        text=True,
     ) as proxy:
         try:
             assert proxy.stdout is not None
@@ -187,9 +201,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--delay", type=float, default=5)
+    parser.add_argument("--latency", type=float, default=0)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    given = parser.parse_args()
-    with Proxy(given.upstream, given.rate, given.kinds, given.seed, given.delay) as proxy:
+    with Proxy(parser.parse_args()) as proxy:
         print(proxy.server_port, flush=True)
         proxy.serve_forever()
 

@@ -1,0 +1,229 @@
+"""Reader: runs of rows are fetched by ranged reads and samples decoded out of them, ahead of the consumer, by threads.
+
+A run (one sample, or a block of neighbours) is fetched once and held until its last sample is made. Runs are begun in
+the order of their first samples, as far ahead as the memory for them allows; what is checked and decoded ahead is
+bounded too. Reading, checking and decoding release the GIL.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import crc32c
+
+from shards.cache import Cache
+from shards.manifest import Part, Row, Selection
+from shards.reading import Reading
+from shards.sample import Sample, decode
+from shards.store import FolderStore, Store, StoreError
+
+FETCHED_AHEAD = 4  # times as many samples as are decoded ahead
+
+T = TypeVar("T")
+Members = dict[str, memoryview]
+Spans = Mapping[str, tuple[int, memoryview]]  # by tar: where the bytes begin in it, and the bytes
+
+
+class StreamError(OSError):
+    """A sample cannot be read, or its bytes are not those that the manifest promises."""
+
+
+class Job(NamedTuple):
+    """A sample to make: `row` of a part, out of a run of its rows, of which later jobs take others if `more`."""
+
+    position: int
+    part: int
+    row: int
+    run: tuple[int, int]
+    more: bool
+
+
+class Extent(NamedTuple):
+    """Bytes of a tar."""
+
+    shard: str
+    start: int
+    end: int
+
+
+@dataclass
+class _Held:
+    """A run that is being fetched or held: its size, the jobs begun that are not done, and whether more will come."""
+
+    data: Future[Spans]
+    size: int
+    jobs: int = 0
+    more: bool = True
+
+
+class Reader:
+    """Makes the samples of jobs in their order.
+
+    `ledger`: samples, bytes and requests so far, seconds that the consumer waited, and the most bytes held at once.
+    """
+
+    def __init__(self, selection: Selection, reading: Reading) -> None:
+        self.selection, self.reading = selection, reading
+        self.ledger: dict[str, float] = {"samples": 0, "bytes": 0, "requests": 0, "wait": 0.0, "held": 0}
+        self.stores = [_cached(part, reading) for part in selection.parts]
+        self._decoders = [_decoder(part, selection.contract.sensors) for part in selection.parts]
+        self._held: dict[tuple[int, int, int], _Held] = {}
+        self._bytes, self._jobs, self._largest = 0, 0, 1
+        self._lock = threading.Lock()
+
+    @property
+    def _depth(self) -> int:
+        """Samples that are decoded ahead, by what the largest took so far."""
+        return max(2, min(self.reading.ahead, self.reading.memory // self._largest))
+
+    def members(self, part: int, members: Members) -> Members:
+        """Undecoded."""
+        return members
+
+    def decoded(self, part: int, members: Members) -> Sample:
+        """Decoded."""
+        return self._decoders[part](members)
+
+    def run(self, jobs: Iterator[Job], make: Callable[[int, Members], T]) -> Iterator[tuple[T, int]]:
+        """What `make` makes of each job's members, and the job's position."""
+        begun, ahead = deque[Job](), deque[tuple[Job, Future[T]]]()
+        fetchers = ThreadPoolExecutor(self.reading.requests, "fetch")
+        makers = ThreadPoolExecutor(self.reading.threads, "decode")
+        job = next(jobs, None)
+        try:
+            while True:
+                while job and len(begun) < FETCHED_AHEAD * self.reading.ahead and self._begin(job, fetchers):
+                    begun.append(job)
+                    job = next(jobs, None)
+                while begun and len(ahead) < self._depth:
+                    ahead.append((begun[0], makers.submit(self._make, begun.popleft(), make)))
+                if not ahead:
+                    return
+                yield self._take(*ahead.popleft())
+        finally:
+            for pool in (fetchers, makers):
+                pool.shutdown(wait=False, cancel_futures=True)
+            self._held.clear()
+            self._bytes = self._jobs = 0
+
+    def sample(self, part: int, row: int) -> Sample:
+        """One sample, now."""
+        job = Job(0, part, row, (row, row + 1), False)
+        return self.decoded(part, self._checked(job, self._load(part, self._extents(job))))
+
+    def _take(self, job: Job, future: Future[T]) -> tuple[T, int]:
+        start = time.perf_counter()
+        made = future.result()
+        self.ledger["wait"] += time.perf_counter() - start
+        self.ledger["samples"] += 1
+        return made, job.position
+
+    def _begin(self, job: Job, fetchers: ThreadPoolExecutor) -> bool:
+        """Have the job's run fetched; False while there is no memory for it."""
+        name = (job.part, *job.run)
+        with self._lock:
+            held = self._held.get(name)
+            if held is None:
+                extents = self._extents(job)
+                size = sum(extent.end - extent.start for extent in extents)
+                # Where nothing is under way, nothing would ever make room: the run is begun, however large.
+                if self._jobs and self._bytes + size > self.reading.memory:
+                    return False
+                held = self._held[name] = _Held(fetchers.submit(self._load, job.part, extents), size)
+                self._bytes += size
+                self.ledger["held"] = max(self.ledger["held"], self._bytes)
+            held.jobs, held.more = held.jobs + 1, job.more
+            self._jobs += 1
+        return True
+
+    def _make(self, job: Job, make: Callable[[int, Members], T]) -> T:
+        name = (job.part, *job.run)
+        held = self._held[name]
+        members = self._checked(job, held.data.result())
+        made = make(job.part, members)
+        self._largest = max(self._largest, 2 * sum(map(len, members.values())))
+        with self._lock:
+            held.jobs, self._jobs = held.jobs - 1, self._jobs - 1
+            if not held.jobs and not held.more and name in self._held:
+                self._bytes -= self._held.pop(name).size
+        return made
+
+    def _checked(self, job: Job, spans: Spans) -> Members:
+        """The members of a job's sample, if their checksum is right; once more from the store if a cache was wrong."""
+        part, store = self.selection.parts[job.part], self.stores[job.part]
+        row = part.row(job.row)
+        members = _cut(row, spans)
+        if _sound(row, members):
+            return members
+        if isinstance(store, Cache):
+            for shard in {member.shard for member in row.members}:
+                store.forget(shard)
+            members = _cut(row, self._load(job.part, self._extents(job)))
+            if _sound(row, members):
+                return members
+        raise StreamError(
+            f"{part.store.url}/{row.members[0].shard}: sample {row.key} differs from the manifest's checksum; "
+            "the shard was altered or damaged (mcf shards verify), restore it or build it again"
+        )
+
+    def _extents(self, job: Job) -> list[Extent]:
+        """First and last byte of a run in each tar; in ours a run is one piece."""
+        part, (first, end) = self.selection.parts[job.part], job.run
+        rows = range(first, end) if part.foreign else {first, end - 1}
+        found: dict[str, Extent] = {}
+        for member in (member for row in rows for member in part.row(row).members):
+            seen = found.get(member.shard, Extent(member.shard, member.offset, 0))
+            last = max(seen.end, member.offset + member.bytes)
+            found[member.shard] = Extent(member.shard, min(seen.start, member.offset), last)
+        return list(found.values())
+
+    def _load(self, part: int, extents: list[Extent]) -> Spans:
+        store, spans = self.stores[part], {}
+        for shard, start, end in extents:
+            try:
+                spans[shard] = start, memoryview(store.range(shard, start, end - start))
+            except StoreError as error:
+                raise StreamError(f"bytes {start} to {end} of {error}") from error
+        with self._lock:
+            self.ledger["bytes"] += sum(len(data) for _, data in spans.values())
+            self.ledger["requests"] += len(extents)
+        return spans
+
+
+def _cut(row: Row, spans: Spans) -> Members:
+    found = {}
+    for name, shard, offset, size in row.members:
+        base, data = spans[shard]
+        found[name] = data[offset - base : offset - base + size]
+    return found
+
+
+def _sound(row: Row, members: Members) -> bool:
+    return (
+        row.checksum is None
+        or reduce(lambda sum_, data: crc32c.crc32c(data, sum_), members.values(), 0) == row.checksum
+    )
+
+
+def _cached(part: Part, reading: Reading) -> Store | Cache:
+    """The part's store, behind the node's cache if there is one; a folder is not cached."""
+    if not reading.cache_dir or isinstance(part.store, FolderStore):
+        return part.store
+    return Cache(part.store, Path(reading.cache_dir), reading.cache_limit, part.identity["dataset"], part.sizes)
+
+
+def _decoder(part: Part, sensors: tuple[str, ...]) -> Callable[[Members], Sample]:
+    """How the members of one sample become a sample."""
+    if part.foreign is None:
+        return partial(decode, sensors=sensors)
+    from shards import foreign  # with GDAL, which our own shards do not need
+
+    return partial(foreign.decode, parts=foreign.parts_of(part.foreign), sensors=sensors)

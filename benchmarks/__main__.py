@@ -1,7 +1,7 @@
 """`python -m benchmarks [NAME ...]`: print the tables of the named benchmarks, or of all that measure speed.
 
-Only by name: `corrections`, a study of accuracy that trains for an hour or two; `uploading`, which needs the S3 server
-of the tests (`make services`).
+Only by name: `corrections`, a study of accuracy that trains for an hour or two; `uploading` and `reading_s3`, which
+need the S3 server of the tests (`make services`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from importlib import import_module
 
 from benchmarks.timing import machine
 
-NAMES = ("encoding", "reading", "registration", "scan", "tiling", "training")
-ONLY_BY_NAME = ("corrections", "uploading")
+NAMES = ("encoding", "reading", "registration", "resuming", "scan", "shuffling", "tiling", "training")
+ONLY_BY_NAME = ("corrections", "reading_s3", "uploading")
 
 
 def main() -> None:

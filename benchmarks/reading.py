@@ -20,6 +20,7 @@ from benchmarks.reading_data import (
     members,
     ours,
     ours_in_manifest_order,
+    ours_undecoded,
     same_work,
     tiles,
     weigh,
@@ -62,7 +63,7 @@ def run() -> None:
         with TemporaryDirectory() as folder:
             selection = write_dataset(Path(folder) / "tars", made, encoding)
             _compare_undecoded(Path(folder) / "tars", selection, encoding)
-            _write_peers(Path(folder), selection)
+            _write_peers(Path(folder))
             _compare_decoded(Path(folder), selection, encoding)
             for workers in WORKERS:
                 _compare_batches(Path(folder), selection, encoding, workers)
@@ -70,12 +71,14 @@ def run() -> None:
 
 def _compare_undecoded(folder: Path, selection: Selection, encoding: Encoding) -> None:
     """Bytes of members, against the bytes of the tars."""
-    tars, wanted = sorted(folder.glob("*.tar")), weigh(parts for _, parts in members(selection))
+    tars, wanted = sorted(folder.glob("*.tar")), weigh(parts for _, parts in members(folder))
     floor = {
         "raw read of the tars, 1 MiB at a time": partial(read_raw, tars),
         "the same into one buffer": partial(_read_into, tars),
     }
     readers: Functions = {"webdataset": lambda: weigh(undecoded(folder))}
+    for threads in (1, 2):
+        readers[f"ours, shuffled, verified, threads={threads}"] = partial(_ours_undecoded, selection, threads)
     size = sum(tar.stat().st_size for tar in tars)
     functions = same_work(floor, size) | same_work(readers, wanted)
     compare(f"Undecoded: {what(COUNT, encoding)}", functions)
@@ -100,9 +103,9 @@ def _read_into(tars: Iterable[Path]) -> int:
     return count
 
 
-def _write_peers(folder: Path, selection: Selection) -> None:
+def _write_peers(folder: Path) -> None:
     """The samples in the other loaders' formats: `NAME` with our bytes, `NAME-arrays` with arrays."""
-    items = encoded(members(selection))
+    items = encoded(list(members(folder / "tars")))
     for peer in PEERS:
         if peer.write is not None and installed(peer.name):
             peer.write(folder / peer.name, items)
@@ -115,7 +118,7 @@ def _folder(folder: Path, peer: Peer) -> Path:
 
 def _compare_decoded(folder: Path, selection: Selection, encoding: Encoding) -> None:
     """Samples in this process, against decoding alone."""
-    held = [parts for _, parts in members(selection)]
+    held = [parts for _, parts in members(folder / "tars")]
     functions: Functions = {f"bare decode from memory, threads={n}": partial(_bare, held, n) for n in (1, 2)}
     for peer in PEERS:
         if installed(peer.name):
@@ -148,6 +151,10 @@ def _identity(item: dict[str, object]) -> dict[str, object]:
 def _weigh_arrays(items: Iterable[dict[str, object]]) -> int:
     """Bytes of the arrays or tensors of items or batches."""
     return sum(value.nbytes for item in items for value in item.values() if hasattr(value, "nbytes"))
+
+
+def _ours_undecoded(selection: Selection, threads: int) -> int:
+    return weigh(ours_undecoded(selection, threads))
 
 
 def _ours(selection: Selection, threads: int) -> int:

@@ -6,14 +6,13 @@ tiles differ; further samples are copies of them under other keys.
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
-from unittest import mock
 
 import pyarrow as pa
 
@@ -21,7 +20,8 @@ import configs
 from shards.build import build
 from shards.contract import Contract
 from shards.manifest import Selection, select, write_manifest
-from shards.sample import Encoding, Sample
+from shards.reading import Reading
+from shards.sample import Buffer, Encoding, Sample
 from shards.store import open_store
 from shards.stream import Share, Stream
 from shards.synthetic import make_archive
@@ -29,7 +29,6 @@ from shards.write import finish_shard, read_record, write_shard
 
 COUNT, PER_SHARD, SIZE = 256, 64, 256
 SEED, LANES = 0, 16
-T = TypeVar("T")
 
 
 def what(samples: int, encoding: str) -> str:
@@ -53,45 +52,48 @@ def write_dataset(
     """`count` samples as a dataset of ours in `folder`."""
     samples, contract = made
     folder.mkdir(parents=True)
-    store, tables = open_store(folder), []
+    store, tables, shards = open_store(folder), [], {}
     for first in range(0, count, PER_SHARD):
         numbers, name = range(first, min(first + PER_SHARD, count)), f"shard-{first // PER_SHARD:06d}"
         named = (replace(samples[number % len(samples)], key=f"sample-{number:06d}") for number in numbers)
-        finish_shard(write_shard(named, store, name, encoding), store, "benchmark", contract.sensors)
+        record = write_shard(named, store, name, encoding)
+        finish_shard(record, store, "benchmark", contract.sensors)
+        shards[name] = {"bytes": record.bytes, "sha256": record.sha256}
         tables.append(read_record(store, name)[2].replace_schema_metadata(None))
-    facts = {"format_version": 1, "contract": contract.to_json(), "fingerprint": encoding}
+    facts = {"format_version": 1, "contract": contract.to_json(), "fingerprint": encoding, "shards": shards}
     write_manifest(store, pa.concat_tables(tables), facts)
     return select(str(folder))
 
 
-def members(selection: Selection) -> list[tuple[str, dict[str, bytes]]]:
-    """Key and encoded members of every sample, in memory."""
-    return [
-        (
-            row["key"],
-            {m["name"]: selection.store.range(row["shard"], m["offset"], m["bytes"]) for m in row["members"]},
-        )
-        for row in selection.rows.to_pylist()
-    ]
+def members(folder: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and encoded members of every sample in the tars of a folder."""
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for key, group in groupby(tar, lambda member: member.name.split(".")[0]):
+                yield key, {member.name: tar.extractfile(member).read() for member in group}  # type: ignore[union-attr]
+
+
+def stream(selection: Selection, threads: int) -> Stream:
+    """Ours at the beginning of an epoch."""
+    return Stream(selection, SEED, LANES, Share(1), reading=Reading(threads=threads))
 
 
 def ours(selection: Selection, threads: int) -> Iterator[Sample]:
     """An epoch of our stream in its own order, decoded and verified."""
-    return _read(selection, threads, iter)
+    return (sample for sample, _ in islice(iter(stream(selection, threads)), len(selection)))
 
 
 def ours_in_manifest_order(selection: Selection, threads: int) -> Iterator[Sample]:
     """An epoch of our stream in the order of the manifest, decoded and verified."""
-    return _read(selection, threads, Stream.once)
+    return (sample for sample, _ in stream(selection, threads).once())
 
 
-def _read(selection: Selection, threads: int, face: Callable[[Stream], Iterator[tuple[T, int]]]) -> Iterator[T]:
-    with mock.patch("shards.stream.THREADS", threads):
-        items = face(Stream(selection, SEED, LANES, Share(1)))
-        yield from (item for item, _ in islice(items, len(selection)))
+def ours_undecoded(selection: Selection, threads: int) -> Iterator[Mapping[str, Buffer]]:
+    """An epoch of our stream in its own order, verified."""
+    return (parts for parts, _ in islice(stream(selection, threads).members(), len(selection)))
 
 
-def weigh(items: Iterable[Mapping[str, bytes]]) -> int:
+def weigh(items: Iterable[Mapping[str, Buffer]]) -> int:
     """Bytes of the members of undecoded samples."""
     return sum(len(data) for item in items for name, data in item.items() if not name.startswith("__"))
 

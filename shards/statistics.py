@@ -66,7 +66,7 @@ class BandStatistics:
         edges = np.linspace(*clip, BINS + 1)
         below = np.pad(np.cumsum(self.histogram, axis=1), ((0, 0), (1, 0)))  # [C, BINS + 1], at the edges
         found = [np.interp(share * row[-1], row, edges) for row in below]
-        return np.clip(np.asarray(found), self.low, self.high)
+        return np.asarray(np.clip(found, self.low, self.high))
 
 
 def measure(sample: Sample) -> dict[str, BandStatistics]:

@@ -31,7 +31,7 @@ from shards.show import _chosen, parse_where, show
 from shards.show.atlas import COLOURS, Footprints, atlas, places
 from shards.show.histograms import histograms
 from shards.show.sheet import HATCH, OUTLINE, Layout, sheet
-from shards.show.small import shrink
+from shards.show.small import _notes, shrink
 from shards.statistics import measure, merge
 from shards.store import open_store
 from shards.write import finish_shard, read_record, write_shard
@@ -205,11 +205,13 @@ def test_every_sample_has_a_picture_per_modality_and_nothing_overlaps(data: str,
         for column in range(4):
             x, y = layout.corner(number, column)
             cell = np.s_[y : y + layout.side, x : x + layout.side]
-            assert not taken[cell].any() and (image[cell][..., :3] < 1).any(-1).all()
+            assert not taken[cell].any() and (image[cell][..., :3] < 1).any(-1).mean() > 0.4  # else the white page
             taken[cell] = True
     assert taken.sum() == 24 * layout.side**2
     assert {text for one in chosen for text in one.notes["s1"]} >= {"absent", "2021-05-03", "shift +0.5, -1.2 px"}
     assert {one.notes["s2-l2a"][1] for one in chosen} == {"valid 93.7 %"}
+    tile = make_sample(0).tiles["s1"]
+    assert _notes("s1", tile, {"shift": {"s1": [-0.04, 0.04]}})[-1] == "shift +0.0, +0.0 px"
     assert "val \N{MIDDLE DOT} group g1 \N{MIDDLE DOT} cloud 30 %" in {one.lines[1] for one in chosen}
 
 

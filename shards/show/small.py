@@ -88,5 +88,5 @@ def _notes(name: str, tile: Tile, row: Mapping[str, Any]) -> tuple[str, ...]:
     # Rounded down, so that 100 % means all of them.
     lines = [f"{time:%Y-%m-%d}" if time else "", f"valid {math.floor(1000 * tile.fraction) / 10:g} %"]
     shift = (row.get("shift") or {}).get(name)
-    lines.append(f"shift {shift[0]:+.1f}, {shift[1]:+.1f} px" if shift else "")
+    lines.append(f"shift {shift[0]:+z.1f}, {shift[1]:+z.1f} px" if shift else "")  # z: no "-0.0"
     return tuple(line for line in lines if line)

@@ -1,8 +1,9 @@
-"""Reader: runs of rows are fetched by ranged reads and samples decoded out of them, ahead of the consumer, by threads.
+"""Reader: samples are fetched, checked and decoded ahead of the consumer, by threads.
 
-A run (one sample, or a block of neighbours) is fetched once and held until its last sample is made. Runs are begun in
-the order of their first samples, as far ahead as the memory for them allows; what is checked and decoded ahead is
-bounded too. Reading, checking and decoding release the GIL.
+From a disk, the thread that decodes a sample reads it first. Across a network other threads fetch runs (one sample, or
+a block of neighbours) by ranged reads; a run is fetched once and held until its last sample is made. Runs are begun in
+the order of their first samples, as far ahead as the memory for them allows; what is decoded ahead is bounded too.
+Reading, checking and decoding release the GIL.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -74,6 +75,7 @@ class Reader:
         self.selection, self.reading = selection, reading
         self.ledger: dict[str, float] = {"samples": 0, "bytes": 0, "requests": 0, "wait": 0.0, "held": 0}
         self.stores = [_cached(part, reading) for part in selection.parts]
+        self.near = all(isinstance(store, FolderStore | Cache) for store in self.stores)
         self._decoders = [_decoder(part, selection.contract.sensors) for part in selection.parts]
         self._held: dict[tuple[int, int, int], _Held] = {}
         self._bytes, self._jobs, self._largest = 0, 0, 1
@@ -116,8 +118,8 @@ class Reader:
 
     def sample(self, part: int, row: int) -> Sample:
         """One sample, now."""
-        job = Job(0, part, row, (row, row + 1), False)
-        return self.decoded(part, self._checked(job, self._load(part, self._extents(job))))
+        found = self.selection.parts[part].row(row)
+        return self.decoded(part, self._checked(part, found, self._load(part, _extents([found]))))
 
     def _take(self, job: Job, future: Future[T]) -> tuple[T, int]:
         start = time.perf_counter()
@@ -127,12 +129,14 @@ class Reader:
         return made, job.position
 
     def _begin(self, job: Job, fetchers: ThreadPoolExecutor) -> bool:
-        """Have the job's run fetched; False while there is no memory for it."""
+        """Have the job's run fetched if it is far away; False while there is no memory for it."""
+        if self.near:
+            return True
         name = (job.part, *job.run)
         with self._lock:
             held = self._held.get(name)
             if held is None:
-                extents = self._extents(job)
+                extents = self._run(job)
                 size = sum(extent.end - extent.start for extent in extents)
                 # Where nothing is under way, nothing would ever make room: the run is begun, however large.
                 if self._jobs and self._bytes + size > self.reading.memory:
@@ -146,44 +150,41 @@ class Reader:
 
     def _make(self, job: Job, make: Callable[[int, Members], T]) -> T:
         name = (job.part, *job.run)
-        held = self._held[name]
-        members = self._checked(job, held.data.result())
+        held = self._held.get(name)
+        row = self.selection.parts[job.part].row(job.row)
+        spans = held.data.result() if held else self._load(job.part, _extents([row]))
+        members = self._checked(job.part, row, spans)
         made = make(job.part, members)
         self._largest = max(self._largest, 2 * sum(map(len, members.values())))
+        if held is None:
+            return made
         with self._lock:
             held.jobs, self._jobs = held.jobs - 1, self._jobs - 1
             if not held.jobs and not held.more and name in self._held:
                 self._bytes -= self._held.pop(name).size
         return made
 
-    def _checked(self, job: Job, spans: Spans) -> Members:
-        """The members of a job's sample, if their checksum is right; once more from the store if a cache was wrong."""
-        part, store = self.selection.parts[job.part], self.stores[job.part]
-        row = part.row(job.row)
+    def _checked(self, part: int, row: Row, spans: Spans) -> Members:
+        """The members of a sample, if their checksum is right; once more from the store if a cache was wrong."""
+        store = self.stores[part]
         members = _cut(row, spans)
         if _sound(row, members):
             return members
         if isinstance(store, Cache):
             for shard in {member.shard for member in row.members}:
                 store.forget(shard)
-            members = _cut(row, self._load(job.part, self._extents(job)))
+            members = _cut(row, self._load(part, _extents([row])))
             if _sound(row, members):
                 return members
         raise StreamError(
-            f"{part.store.url}/{row.members[0].shard}: sample {row.key} differs from the manifest's checksum; "
+            f"{store.url}/{row.members[0].shard}: sample {row.key} differs from the manifest's checksum; "
             "the shard was altered or damaged (mcf shards verify), restore it or build it again"
         )
 
-    def _extents(self, job: Job) -> list[Extent]:
-        """First and last byte of a run in each tar; in ours a run is one piece."""
+    def _run(self, job: Job) -> list[Extent]:
+        """The bytes of a job's run; in tars of ours a run is one piece, between its first row and its last."""
         part, (first, end) = self.selection.parts[job.part], job.run
-        rows = range(first, end) if part.foreign else {first, end - 1}
-        found: dict[str, Extent] = {}
-        for member in (member for row in rows for member in part.row(row).members):
-            seen = found.get(member.shard, Extent(member.shard, member.offset, 0))
-            last = max(seen.end, member.offset + member.bytes)
-            found[member.shard] = Extent(member.shard, min(seen.start, member.offset), last)
-        return list(found.values())
+        return _extents([part.row(row) for row in (range(first, end) if part.foreign else {first, end - 1})])
 
     def _load(self, part: int, extents: list[Extent]) -> Spans:
         store, spans = self.stores[part], {}
@@ -196,6 +197,15 @@ class Reader:
             self.ledger["bytes"] += sum(len(data) for _, data in spans.values())
             self.ledger["requests"] += len(extents)
         return spans
+
+
+def _extents(rows: Sequence[Row]) -> list[Extent]:
+    """From the first byte to the last of these rows in each tar."""
+    found: dict[str, Extent] = {}
+    for _, shard, offset, size in (member for row in rows for member in row.members):
+        _, start, end = found.get(shard, Extent(shard, offset, 0))
+        found[shard] = Extent(shard, min(start, offset), max(end, offset + size))
+    return list(found.values())
 
 
 def _cut(row: Row, spans: Spans) -> Members:

@@ -197,10 +197,12 @@ class Stream:
         return Job(position, part, row, (row, row + 1), False)
 
     def _takes_whole_blocks(self) -> bool:
-        """Whether to fetch blocks by one read: where this reader takes all of their samples and has room for them.
+        """Whether to fetch blocks by one read: across a network, where all their samples are wanted and fit.
 
-        Otherwise samples are fetched one by one.
+        Otherwise samples are fetched one by one, which from a disk is as quick.
         """
+        if self.reader.near:
+            return False
         part, *others = self.selection.parts
         lanes = self.order.orders[0].lanes
         mine = not others and lanes % self.share.ranks == 0 and self.share.workers == 1

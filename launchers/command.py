@@ -264,10 +264,13 @@ def _stats(parsed: argparse.Namespace) -> int:
 
 
 def _order(parsed: argparse.Namespace) -> int:
+    import yaml
+
     from shards.listing import listing
 
     settings = dict(item.partition("=")[::2] for item in parsed.settings)
-    for line in listing(parsed.data, settings):
+    data = yaml.safe_load(parsed.data) if parsed.data.startswith("{") else parsed.data
+    for line in listing(data, settings):
         print(json.dumps(line))
     return 0
 

@@ -12,11 +12,11 @@ from shards.stream import Share, order_of
 SETTINGS = {"global_batch": None, "seed": 0, "step": 0, "steps": 1, "world": 1, "rank": None, "lanes": 16}
 
 
-def listing(data: str, settings: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def listing(data: str | Mapping[str, int], settings: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """The keys of each step and rank, as `{"step", "rank", "keys"}`.
 
     Args:
-        data: dataset folder.
+        data: dataset folder, or weights by folder.
         settings: `global_batch` and optionally `seed`, `step` (the first), `steps`, `world`, `rank` (all when absent),
             `lanes`, `split` (comma-separated), as text.
 
@@ -26,16 +26,17 @@ def listing(data: str, settings: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     where = {"split": settings["split"].split(",")} if "split" in settings else None
     numbers = _numbers({key: value for key, value in settings.items() if key != "split"})
     selection = select(data, where=where)
-    order = order_of(selection, numbers["seed"], numbers["lanes"])
-    ranks = range(numbers["world"]) if numbers["rank"] is None else [numbers["rank"]]
-    for step in range(numbers["step"], numbers["step"] + numbers["steps"]):
-        for rank in ranks:
-            slots = Share(numbers["global_batch"], numbers["world"], rank).slots(step)
-            yield {
-                "step": step,
-                "rank": rank,
-                "keys": [selection.row(order.sample(position)).key for position in slots],
-            }
+    first, ranks = numbers["step"], numbers["world"]
+    try:
+        order = order_of(selection, numbers["seed"], numbers["lanes"])
+        wanted = range(ranks) if numbers["rank"] is None else [numbers["rank"]]
+        shares = [Share(numbers["global_batch"], max(ranks, 1), rank) for rank in wanted]
+    except ValueError as error:
+        raise ManifestError(str(error)) from None
+    for step in range(first, first + numbers["steps"]):
+        for share in shares:
+            keys = [selection.row(order.sample(position)).key for position in share.slots(step)]
+            yield {"step": step, "rank": share.rank, "keys": keys}
 
 
 def _numbers(settings: Mapping[str, str]) -> dict[str, Any]:

@@ -29,8 +29,8 @@ def listing(data: str | Mapping[str, int], settings: Mapping[str, str]) -> Itera
     first, ranks = numbers["step"], numbers["world"]
     try:
         order = order_of(selection, numbers["seed"], numbers["lanes"])
-        wanted = range(ranks) if numbers["rank"] is None else [numbers["rank"]]
-        shares = [Share(numbers["global_batch"], max(ranks, 1), rank) for rank in wanted]
+        wanted = range(max(ranks, 1)) if numbers["rank"] is None else [numbers["rank"]]
+        shares = [Share(numbers["global_batch"], ranks, rank) for rank in wanted]
     except ValueError as error:
         raise ManifestError(str(error)) from None
     for step in range(first, first + numbers["steps"]):

@@ -8,6 +8,7 @@ Reading, checking and decoding release the GIL.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -55,16 +56,6 @@ class Extent(NamedTuple):
     end: int
 
 
-@dataclass
-class _Held:
-    """A run that is being fetched or held: its size, the jobs begun that are not done, and whether more will come."""
-
-    data: Future[Spans]
-    size: int
-    jobs: int = 0
-    more: bool = True
-
-
 class Reader:
     """Makes the samples of jobs in their order.
 
@@ -77,8 +68,7 @@ class Reader:
         self.stores = [_cached(part, reading) for part in selection.parts]
         self.near = all(isinstance(store, FolderStore | Cache) for store in self.stores)
         self._decoders = [_decoder(part, selection.contract.sensors) for part in selection.parts]
-        self._held: dict[tuple[int, int, int], _Held] = {}
-        self._bytes, self._jobs, self._largest = 0, 0, 1
+        self._largest = 1
         self._lock = threading.Lock()
 
     @property
@@ -97,29 +87,29 @@ class Reader:
     def run(self, jobs: Iterator[Job], make: Callable[[int, Members], T]) -> Iterator[tuple[T, int]]:
         """What `make` makes of each job's members, and the job's position."""
         begun, ahead = deque[Job](), deque[tuple[Job, Future[T]]]()
-        fetchers = ThreadPoolExecutor(self.reading.requests, "fetch")
         makers = ThreadPoolExecutor(self.reading.threads, "decode")
+        window = None if self.near else _Window(self)
         job = next(jobs, None)
         try:
             while True:
-                while job and len(begun) < FETCHED_AHEAD * self.reading.ahead and self._begin(job, fetchers):
-                    begun.append(job)
+                while job and len(begun) < FETCHED_AHEAD * self.reading.ahead:
+                    if (ready := window.begin(job) if window else job) is None:
+                        break
+                    begun.append(ready)
                     job = next(jobs, None)
                 while begun and len(ahead) < self._depth:
-                    ahead.append((begun[0], makers.submit(self._make, begun.popleft(), make)))
+                    ahead.append((begun[0], makers.submit(self._make, begun.popleft(), window, make)))
                 if not ahead:
                     return
                 yield self._take(*ahead.popleft())
         finally:
-            for pool in (fetchers, makers):
+            for pool in (window.pool, makers) if window else (makers,):
                 pool.shutdown(wait=False, cancel_futures=True)
-            self._held.clear()
-            self._bytes = self._jobs = 0
 
     def sample(self, part: int, row: int) -> Sample:
         """One sample, now."""
         found = self.selection.parts[part].row(row)
-        return self.decoded(part, self._checked(part, found, self._load(part, _extents([found]))))
+        return self.decoded(part, self._checked(part, found, self.load(part, _extents([found]))))
 
     def _take(self, job: Job, future: Future[T]) -> tuple[T, int]:
         start = time.perf_counter()
@@ -128,52 +118,26 @@ class Reader:
         self.ledger["samples"] += 1
         return made, job.position
 
-    def _begin(self, job: Job, fetchers: ThreadPoolExecutor) -> bool:
-        """Have the job's run fetched if it is far away; False while there is no memory for it."""
-        if self.near:
-            return True
-        name = (job.part, *job.run)
-        with self._lock:
-            held = self._held.get(name)
-            if held is None:
-                extents = self._run(job)
-                size = sum(extent.end - extent.start for extent in extents)
-                # Where nothing is under way, nothing would ever make room: the run is begun, however large.
-                if self._jobs and self._bytes + size > self.reading.memory:
-                    return False
-                held = self._held[name] = _Held(fetchers.submit(self._load, job.part, extents), size)
-                self._bytes += size
-                self.ledger["held"] = max(self.ledger["held"], self._bytes)
-            held.jobs, held.more = held.jobs + 1, job.more
-            self._jobs += 1
-        return True
-
-    def _make(self, job: Job, make: Callable[[int, Members], T]) -> T:
-        name = (job.part, *job.run)
-        held = self._held.get(name)
+    def _make(self, job: Job, window: _Window | None, make: Callable[[int, Members], T]) -> T:
         row = self.selection.parts[job.part].row(job.row)
-        spans = held.data.result() if held else self._load(job.part, _extents([row]))
+        spans = window.spans(job) if window else self.load(job.part, _extents([row]))
         members = self._checked(job.part, row, spans)
         made = make(job.part, members)
         self._largest = max(self._largest, 2 * sum(map(len, members.values())))
-        if held is None:
-            return made
-        with self._lock:
-            held.jobs, self._jobs = held.jobs - 1, self._jobs - 1
-            if not held.jobs and not held.more and name in self._held:
-                self._bytes -= self._held.pop(name).size
+        if window:
+            window.done(job)
         return made
 
     def _checked(self, part: int, row: Row, spans: Spans) -> Members:
-        """The members of a sample, if their checksum is right; once more from the store if a cache was wrong."""
+        """The members of a sample, if their checksum is right; read again where a cache may have been wrong."""
         store = self.stores[part]
-        members = _cut(row, spans)
-        if _sound(row, members):
-            return members
-        if isinstance(store, Cache):
-            for shard in {member.shard for member in row.members}:
-                store.forget(shard)
-            members = _cut(row, self._load(part, _extents([row])))
+        for attempt in range(3 if isinstance(store, Cache) else 1):
+            if attempt == 2 and isinstance(store, Cache):  # no other thread has mended it meanwhile
+                for shard in {member.shard for member in row.members}:
+                    store.forget(shard)
+            if attempt:
+                spans = self.load(part, _extents([row]))
+            members = _cut(row, spans)
             if _sound(row, members):
                 return members
         raise StreamError(
@@ -181,12 +145,8 @@ class Reader:
             "the shard was altered or damaged (mcf shards verify), restore it or build it again"
         )
 
-    def _run(self, job: Job) -> list[Extent]:
-        """The bytes of a job's run; in tars of ours a run is one piece, between its first row and its last."""
-        part, (first, end) = self.selection.parts[job.part], job.run
-        return _extents([part.row(row) for row in (range(first, end) if part.foreign else {first, end - 1})])
-
-    def _load(self, part: int, extents: list[Extent]) -> Spans:
+    def load(self, part: int, extents: list[Extent]) -> Spans:
+        """Read these bytes now."""
         store, spans = self.stores[part], {}
         for shard, start, end in extents:
             try:
@@ -197,6 +157,74 @@ class Reader:
             self.ledger["bytes"] += sum(len(data) for _, data in spans.values())
             self.ledger["requests"] += len(extents)
         return spans
+
+
+@dataclass
+class _Held:
+    """A run that is being fetched or held: its size, the jobs begun that are not done, and whether more will come."""
+
+    data: Future[Spans]
+    size: int
+    jobs: int = 0
+    more: bool = True
+
+
+class _Window:
+    """The runs that one iteration has fetched or is fetching from far away, within the memory for them."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.pool = ThreadPoolExecutor(reader.reading.requests, "fetch")
+        self._held: dict[tuple[int, int, int], _Held] = {}
+        self._bytes = self._jobs = 0
+        self._lock = threading.Lock()
+
+    def begin(self, job: Job) -> Job | None:
+        """Have the job's run fetched, or only its row where runs fill the memory; None where it is to wait for room."""
+        alone = job._replace(run=(job.row, job.row + 1), more=False)
+        with self._lock:
+            if not self._has(job, self.reader.reading.memory):
+                if self._jobs:
+                    return None
+                # Nothing is under way that would make room.
+                job = alone
+                if not self._has(job, self.reader.reading.memory):
+                    self._held.clear()  # all idle; what is still needed is fetched again
+                    self._bytes = 0
+                    self._has(job, math.inf)
+            held = self._held[job.part, *job.run]
+            held.jobs, held.more = held.jobs + 1, job.more
+            self._jobs += 1
+        return job
+
+    def spans(self, job: Job) -> Spans:
+        """The bytes of a job that was begun, when they are there."""
+        return self._held[job.part, *job.run].data.result()
+
+    def done(self, job: Job) -> None:
+        """The job's sample is made; a run that no job needs any more is given up."""
+        name = (job.part, *job.run)
+        with self._lock:
+            held = self._held[name]
+            held.jobs, self._jobs = held.jobs - 1, self._jobs - 1
+            if not held.jobs and not held.more:
+                self._bytes -= self._held.pop(name).size
+
+    def _has(self, job: Job, room: float) -> bool:
+        """Whether the job's run is held or, now, begun; not where it would take more than `room` bytes in all."""
+        name, part = (job.part, *job.run), self.reader.selection.parts[job.part]
+        if name in self._held:
+            return True
+        # In tars of ours a run is one piece, between its first row and its last.
+        numbers = range(*job.run) if part.foreign else {job.run[0], job.run[1] - 1}
+        extents = _extents([part.row(number) for number in numbers])
+        size = sum(extent.end - extent.start for extent in extents)
+        if self._bytes + size > room:
+            return False
+        self._held[name] = _Held(self.pool.submit(self.reader.load, job.part, extents), size)
+        self._bytes += size
+        self.reader.ledger["held"] = max(self.reader.ledger["held"], self._bytes)
+        return True
 
 
 def _extents(rows: Sequence[Row]) -> list[Extent]:

@@ -47,11 +47,14 @@ class Share:
     worker: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse shares of unequal size."""
-        if self.global_batch % (self.ranks * self.micro_batch) or not 0 <= self.rank < self.ranks:
+        """Refuse shares of unequal size, and those that are not there."""
+        counts = (self.global_batch, self.ranks, self.micro_batch, self.workers)
+        exists = min(counts) > 0 and 0 <= self.rank < self.ranks and 0 <= self.worker < self.workers
+        if not exists or self.global_batch % (self.ranks * self.micro_batch):
             raise ValueError(
-                f"global batch {self.global_batch} over {self.ranks} ranks (rank {self.rank}) in micro-batches of "
-                f"{self.micro_batch}: the batch must be a multiple of the ranks times the micro-batch"
+                f"global batch {self.global_batch}, rank {self.rank} of {self.ranks}, worker {self.worker} of "
+                f"{self.workers}, micro-batches of {self.micro_batch}: the batch must be a multiple of the ranks times "
+                "the micro-batch; ranks and workers are counted from 0"
             )
 
     def slots(self, batch: int) -> range:
@@ -206,7 +209,7 @@ class Stream:
         part, *others = self.selection.parts
         lanes = self.order.orders[0].lanes
         mine = not others and lanes % self.share.ranks == 0 and self.share.workers == 1
-        block = BLOCK * sum(part.sizes.values()) / len(part.table)
+        block = BLOCK * sum(part.sizes.values()) / len(part)  # what lies between the selected samples included
         dense = len(part) >= DENSE * len(part.table) and part.foreign is None
         return mine and dense and 2 * block * lanes / self.share.ranks <= self.reader.reading.memory
 

@@ -6,8 +6,9 @@ table must have read the same number of bytes, or the benchmark fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from benchmarks.reading_data import (
     ours_in_manifest_order,
     ours_undecoded,
     same_work,
+    stream,
     tiles,
     weigh,
     weigh_samples,
@@ -46,6 +48,7 @@ from shards.manifest import Selection, select, write_manifest
 from shards.sample import Encoding, Sample, Tile
 from shards.sample import decode as decode_members
 from shards.store import open_store
+from shards.stream import Share
 from shards.write import finish_shard, read_record, write_shard
 from tests.small_dataset import CONTRACT
 
@@ -173,6 +176,8 @@ def _compare_batches(folder: Path, selection: Selection, encoding: Encoding, wor
             loader = peer.load(peer.open(_folder(folder, peer), decode_tensors), workers)
             functions[f"{peer.name}, workers={workers}"] = partial(_weigh_arrays, loader)
     functions[f"ours, threads={max(workers, 1)}"] = partial(_batches, selection, max(workers, 1))
+    if workers:
+        functions[f"ours in a DataLoader, workers={workers}"] = partial(_weigh_arrays, _loader(selection, workers))
     title = f"Batches of {BATCH} tensors, {workers} workers: {what(COUNT, encoding)}"
     compare(title, same_work(functions, _ours(selection, 1)))
     _say_missing()
@@ -183,6 +188,24 @@ def _batches(selection: Selection, threads: int) -> int:
 
     items = (tensors(sample) for sample in ours(selection, threads))
     return _weigh_arrays(default_collate(group) for group in iter(lambda: list(islice(items, BATCH)), []))
+
+
+def _loader(selection: Selection, workers: int) -> Iterable[dict[str, object]]:
+    """An epoch of our stream as `pipeline.dataset.StreamDataset` shares it among workers, but not normalised."""
+    from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+
+    class Batches(IterableDataset):  # type: ignore[type-arg]
+        """This worker's batches of one epoch."""
+
+        def __iter__(self) -> Iterator[dict[str, object]]:
+            info = get_worker_info()
+            share = Share(BATCH, micro_batch=BATCH, workers=info.num_workers, worker=info.id)
+            own = stream(selection, 1).shared(deepcopy(selection), share)
+            items = (tensors(sample) for sample, _ in own)
+            for _ in range(len(selection) // BATCH // info.num_workers):
+                yield default_collate(list(islice(items, BATCH)))
+
+    return DataLoader(Batches(), batch_size=None, num_workers=workers, persistent_workers=True)
 
 
 def _say_missing() -> None:

@@ -136,6 +136,22 @@ class Contract:
         )
 
 
+def apart(a: Contract, b: Contract) -> list[str]:
+    """Bands of two contracts whose statistics are far apart, a line each: the same meaning, but perhaps not one unit.
+
+    Far is a mean more than half a standard deviation away, or one of the deviations half as large again.
+    """
+    found = []
+    for left, right in ((a.modality(name), b.modality(name)) for name in a.sensors if name in b.sensors):
+        numbers = zip(left.bands, left.mean or (), right.mean or (), left.std or (), right.std or (), strict=False)
+        found += [
+            f"{left.sensor} {band}: mean {mean:.4g} against {other:.4g}, spread {std:.4g} against {wide:.4g}"
+            for band, mean, other, std, wide in numbers
+            if abs(mean - other) > 0.5 * max(std, wide) or max(std, wide) > 1.5 * min(std, wide)
+        ]
+    return found
+
+
 def _pooled(modalities: Sequence[Modality], weights: Sequence[float]) -> Modality:
     shares = [weight / sum(weights) for weight in weights]
     means = [modality.mean for modality in modalities if modality.mean is not None]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from shards.contract import Contract, ContractError, compare
+from shards.contract import Contract, ContractError, apart, compare
 from shards.order import Use, hash64
 from shards.store import AbsentError, Store, open_store
 from shards.tables import Table, read_table
@@ -36,6 +37,8 @@ PLACE = ("key", "shard", "members", "checksum")
 ROWS = 2048  # of a row group, or one shard's if it has more
 
 Ints = NDArray[np.int64]
+
+log = logging.getLogger(__name__)
 
 
 class ManifestError(ValueError):
@@ -270,6 +273,8 @@ def _common(weights: Mapping[str, int], contracts: Sequence[Contract]) -> Contra
     for other, contract in zip(names, others, strict=True):
         if found := compare(first, contract):
             raise ContractError(f"{name} (left) and {other} (right) cannot be mixed: {'; '.join(found)}")
+        for line in apart(first, contract):
+            log.warning("%s and %s, which are mixed, differ: %s", name, other, line)
     return first.pooled(others, list(weights.values())) if others else first
 
 
@@ -286,6 +291,10 @@ def read_facts(store: Store) -> dict[str, Any]:
         raise ManifestError(
             f"{store.url}: not a dataset ({error}); a dataset folder holds manifest.parquet and dataset.json, "
             "which `mcf shards build` writes at its end (or `mcf shards merge` after builds in parts)"
+        ) from None
+    except ValueError as error:
+        raise ManifestError(
+            f"{store.url}: dataset.json is damaged ({error}); restore it, or remove it and run `mcf shards merge`"
         ) from None
     if facts.get("format_version", 0) > FORMAT_VERSION:
         raise ManifestError(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -344,3 +345,10 @@ def test_s3_mistakes_are_explained(s3_url: str, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(StoreError, match="access denied.*AWS_SECRET_ACCESS_KEY") as caught:
         open_store(s3_url).get("absent")
     assert os.environ["AWS_SECRET_ACCESS_KEY"] + " " not in str(caught.value)
+
+
+def test_a_damaged_dataset_json_is_told_in_a_line(dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset / "data", tmp_path / "data")
+    (tmp_path / "data/dataset.json").write_text('{"format')
+    with pytest.raises(ManifestError, match=r"dataset\.json is damaged .*restore it"):
+        select(str(tmp_path / "data"))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from shards.contract import Classes, Contract, ContractError, Modality, compare
+from shards.contract import Classes, Contract, ContractError, Modality, apart, compare
 from shards.sensors import SENSORS, match
 from tests.small_dataset import CONTRACT
 
@@ -79,3 +79,15 @@ def test_short_sensor_names() -> None:
 
 def test_modality_is_a_value() -> None:
     assert isinstance(hash(CONTRACT.modality("s1")), int) and isinstance(CONTRACT.modality("s1"), Modality)
+
+
+def test_statistics_far_apart_are_named_and_near_ones_are_not() -> None:
+    s1 = CONTRACT.modality("s1")
+    assert s1.mean and s1.std
+    assert apart(CONTRACT, CONTRACT) == []
+    near = replace(s1, mean=tuple(mean + 0.4 * std for mean, std in zip(s1.mean, s1.std, strict=True)))
+    far = replace(s1, mean=(s1.mean[0] + s1.std[0], s1.mean[1]), std=(s1.std[0], 2 * s1.std[1]))
+    dem = CONTRACT.modality("dem")
+    assert apart(CONTRACT, replace(CONTRACT, modalities=(near, dem))) == []
+    found = apart(CONTRACT, replace(CONTRACT, modalities=(far, replace(dem, mean=None, std=None))))
+    assert [line.split(":")[0] for line in found] == ["s1 VV", "s1 VH"]

@@ -6,105 +6,29 @@ import base64
 import re
 import shutil
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
-import shapely
-from matplotlib.collections import PolyCollection
-from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from numpy.typing import NDArray
 
 from launchers import command
-from shards.contract import Classes, Contract, Modality
+from shards.contract import Contract
 from shards.index import index
-from shards.manifest import select, write_manifest
+from shards.manifest import select
 from shards.pictures import terrain
-from shards.raster_io import footprint
 from shards.sample import Sample, Tile
-from shards.sensors import SENSORS
 from shards.show import _chosen, parse_where, show
-from shards.show.atlas import COLOURS, Footprints, atlas, places
-from shards.show.histograms import histograms
 from shards.show.sheet import HATCH, OUTLINE, Layout, sheet
 from shards.show.small import _notes, shrink
-from shards.statistics import measure, merge
+from shards.statistics import measure
 from shards.store import open_store
-from shards.write import finish_shard, read_record, write_shard
+from tests.shown_dataset import CLASSES, CONTRACT, SIZE, make_sample, modality, write
 from tests.terramesh_trees import terramesh
 from tests.test_index import config as index_config
 from tests.test_report import HOSTILE, Page, chromium, probe  # noqa: F401
-
-SIZE = 64
-CLASSES = Classes(names=("water", HOSTILE), palette=((10, 60, 200), (200, 120, 0)))
-SPLITS = ("train", "train", "train", "val", "test", None)
-
-
-def modality(name: str) -> Modality:
-    sensor = SENSORS[name]
-    count = len(sensor.bands)
-    return Modality(
-        sensor=name, bands=sensor.band_names, unit=sensor.unit, dtype="float32", clip=sensor.clip,
-        offset=(0.0,) * count, scale=(1.0,) * count,
-    )  # fmt: skip
-
-
-CONTRACT = Contract(modalities=tuple(map(modality, ("s2-l2a", "s1", "dem"))), classes=CLASSES, resolution=10.0)
-
-
-def make_sample(number: int) -> Sample:
-    """Left half red, right half blue; sea in the lower half of the radar; a slope; a hole at the upper left."""
-    row, col = np.mgrid[:SIZE, :SIZE]
-    right = col >= SIZE // 2
-    optical = np.full((12, SIZE, SIZE), 500.0, np.float32)
-    optical[3] = np.where(right, 500, 3000)  # B4
-    optical[1] = np.where(right, 3000, 500)  # B2
-    radar = np.stack([np.where(row < SIZE // 2, -6.0, -20.0), np.where(row < SIZE // 2, -12.0, -24.0)])
-    valid = np.ones((SIZE, SIZE), bool)
-    valid[:16, :16] = False
-    time = datetime(2021, 5, number + 1, tzinfo=UTC)
-    tiles = {
-        "s2-l2a": Tile(np.where(valid, optical, 0).astype(np.float32), valid, time),
-        "s1": Tile(radar.astype(np.float32), np.full((SIZE, SIZE), number != 1), time),
-        "dem": Tile((100.0 * number + 5 * col)[None].astype(np.float32), np.ones((SIZE, SIZE), bool)),
-    }
-    label = right.astype(np.uint8)
-    label[-8:] = CLASSES.ignore
-    instances = np.zeros((SIZE, SIZE), np.uint16)
-    instances[20:30, 40:50] = 7
-    x, y = 500_000.0 + 640 * number, 5_300_000.0
-    corners = [(x, y), (x + 640, y), (x + 640, y - 640), (x, y - 640)]
-    meta = {
-        "group": f"g{number % 2}", "split": SPLITS[number], "cloud": 0.1 * number, "crs": "EPSG:32633",
-        "transform": (10.0, 0.0, x, 0.0, -10.0, y), "footprint": footprint("EPSG:32633", corners),
-        "shift": {"s2-l2a": None, "s1": [0.5, -1.25] if number else None, "dem": None}, "sources": ["a.tif"],
-    }  # fmt: skip
-    return Sample(f"place-{number:03d}", tiles, label, meta, instances if number == 2 else None)
-
-
-def write(folder: Path, samples: list[Sample], contract: Contract = CONTRACT) -> str:
-    """A dataset of two shards, its facts as the merge writes them."""
-    store, tables, statistics, shards = open_store(str(folder)), [], {}, {}
-    for number, part in enumerate((samples[::2], samples[1::2])):
-        record = write_shard(part, store, name := f"shard-{number:06d}", "npy")
-        finish_shard(record, store, "plan", contract.sensors)
-        tables.append(read_record(store, name)[2].replace_schema_metadata(None))
-        statistics = merge(statistics, record.statistics)
-        shards[name] = {"sha256": record.sha256, "bytes": record.bytes}
-    archive = {"name": "catalog", "title": HOSTILE, "licence": "CC-BY-4.0", "attribution": "", "source": "a table"}
-    facts = {
-        "format_version": 1, "contract": contract.to_json(), "fingerprint": "abc", "samples": len(samples),
-        "statistics": {name: found.to_json() for name, found in statistics.items()}, "shards": shards,
-        "left_out": {"too cloudy": 3}, "left_out_examples": {"too cloudy": ["place-100"]}, 
-        "skipped": ["b.tif: damaged"], "planned": 9,
-        "builds": {"shard": {"archive": archive}}, "encoding": "npy", "written_by": "a test",
-    }  # fmt: skip
-    write_manifest(store, pa.concat_tables(tables), facts)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -266,114 +190,6 @@ def test_snow_and_clouds_do_not_leave_land_black() -> None:
     canvas = np.asarray(figure.images[0].get_array())
     land, snow = canvas[y + 20, x + layout.side // 2], canvas[y + 20, x + 4]
     assert snow.min() > 240 and 70 < land.mean() < 150
-
-
-# --- the map ---------------------------------------------------------------------------------------------------------
-
-
-def rows_of(west: Any, south: Any, split: Any = "train", size: float = 0.01) -> pa.Table:
-    west, south = (np.atleast_1d(np.asarray(values, np.float64)) for values in (west, south))
-    boxes = shapely.to_wkb(shapely.box(west, south, west + size, south + size))
-    splits = np.broadcast_to(np.asarray(split, object), west.shape)
-    geometry = pa.array(boxes.tolist(), pa.binary())
-    return pa.table({"geometry": geometry, "split": pa.array(splits, pa.string()), "group": ["g"] * len(west)})
-
-
-def polygons(axes: Any) -> PolyCollection:
-    (found,) = (item for item in axes.collections if isinstance(item, PolyCollection))
-    return found
-
-
-def test_footprints_are_drawn_where_they_are_in_the_colours_of_their_splits(data: str) -> None:
-    rows = select(data).rows(["geometry", "split", "group"])
-    figure = atlas(rows)
-    assert figure is not None
-    (axes,) = figure.axes
-    found = polygons(axes)
-    outlines = np.concatenate([path.vertices for path in found.get_paths()])
-    wanted = shapely.total_bounds(shapely.from_wkb(rows["geometry"].to_pylist()))
-    np.testing.assert_allclose([*outlines.min(0), *outlines.max(0)], wanted)
-    (west, east), (south, north) = axes.get_xlim(), axes.get_ylim()
-    assert west < wanted[0] < wanted[2] < east < west + 0.2 and south < wanted[1] < wanted[3] < north
-    colours = [tuple(colour[:3]) for colour in found.get_edgecolor()]
-    for split, count in (("train", 3), ("val", 1), ("test", 1), ("", 1)):
-        assert colours.count(to_rgb(COLOURS[split])) == count
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "train: 3", "val: 1", "test: 1", "no split: 1",
-    ]  # fmt: skip
-    assert all(label.get_text().endswith("\N{DEGREE SIGN}E") for label in axes.get_xticklabels())
-
-
-def test_places_far_apart_have_maps_of_their_own() -> None:
-    grid = np.stack(np.meshgrid(np.arange(4), np.arange(4))).reshape(2, -1) * 0.01
-    parts = [rows_of(west + grid[0], south + grid[1]) for west, south in ((10, 50), (-60, -20), (100, 5))]
-    figure = atlas(pa.concat_tables([*parts, parts[1], rows_of(0.0, 0.0)]))  # the second twice, and a single window
-    assert figure is not None
-    overview, *close = figure.axes
-    assert len(close) == 3
-    titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert titles == ["4 places, 3 of them below", "A  g, 32 samples", "B  g, 16 samples", "C  g, 16 samples"]
-    assert np.round(close[0].get_xlim()).mean() == -60
-    assert {np.round(axes.get_xlim()).mean() for axes in close[1:]} == {10, 100}
-    assert all(len(polygons(axes).get_paths()) == 16 for axes in close)
-    assert {text.get_text() for text in overview.texts} >= {"A", "B", "C"}
-
-
-def test_footprints_across_the_date_line_are_one_place() -> None:
-    rows = rows_of([179.98, 179.99, -180.0, -179.99], [-17.0] * 4)
-    found = Footprints.of(rows)
-    assert found is not None and places(found).tolist() == [0] * 4
-    assert found.extent == pytest.approx((179.98, -17, 180.02, -16.99))
-    figure = atlas(rows)
-    assert figure is not None
-    assert {label.get_text()[-1] for label in figure.axes[0].get_xticklabels()} <= {"E", "W", "\N{DEGREE SIGN}"}
-
-
-def test_many_footprints_are_drawn_as_squares_and_no_split_is_hidden() -> None:
-    rng = np.random.default_rng(0)
-    split = np.where(rng.random(200_000) < 0.1, "val", "train")
-    figure = atlas(rows_of(rng.uniform(5, 15, 200_000), rng.uniform(45, 55, 200_000), split))
-    assert figure is not None
-    (axes,) = figure.axes
-    assert not any(isinstance(item, PolyCollection) for item in axes.collections)
-    image = np.asarray(axes.images[0].get_array())
-    drawn = image[image[..., 3] > 0]
-    yellow = (drawn[:, :3] == to_rgb(COLOURS["val"])).all(1).mean()
-    assert len(drawn) > 1000 and 0.07 < yellow < 0.13
-
-
-def test_no_map_without_footprints() -> None:
-    rows = rows_of(0.0, 0.0)
-    assert atlas(rows.set_column(0, "geometry", pa.nulls(1, pa.binary()))) is None
-
-
-# --- histograms ------------------------------------------------------------------------------------------------------
-
-
-def test_a_histogram_per_band_with_percentiles_and_clip_range(data: str) -> None:
-    sample = make_sample(0)
-    figure = histograms(CONTRACT, measure(sample))
-    assert figure is not None
-    drawn = [axes for axes in figure.axes if axes.get_visible()]
-    titles = [axes.get_title().split(":")[0] for axes in drawn]
-    assert titles == [band for m in CONTRACT.modalities for band in m.bands]
-    vv = drawn[titles.index("VV")]
-    lines = sorted(float(line.get_xdata()[0]) for line in vv.lines)
-    statistics = measure(sample)["s1"]
-    wanted = [float(statistics.percentile(share, (-25.0, 0.0))[0]) for share in (0.02, 0.98)]
-    assert lines == sorted([-25.0, 0.0, *wanted])
-    assert "3,840 valid pixels" in figure.subfigs[0].get_suptitle()
-    assert figure.subfigs[2].get_suptitle() == "dem: 4,096 valid pixels; m, clipped to -500 to 9000"
-
-
-def test_values_piled_up_at_the_clip_range_are_named() -> None:
-    values = np.full((1, 10, 10), 9000.0, np.float32)
-    values[0, :9] = np.linspace(0, 2000, 90).reshape(9, 10)
-    statistics = measure(Sample("k", {"dem": Tile(values, np.ones((10, 10), bool))}))
-    figure = histograms(Contract(modalities=(modality("dem"),)), statistics)
-    assert figure is not None
-    assert [text.get_text() for text in figure.axes[0].texts] == ["10 % in the last bin"]
-    assert histograms(CONTRACT, {}) is None
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

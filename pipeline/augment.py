@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.batch import Batch
 from pipeline.config import Training
 from pipeline.model.keyed import hash64
+from shards.contract import ContractError
 from shards.order import Use
 
 ROWS, COLS = 1, 2  # what a number of a crop is for
@@ -38,7 +39,7 @@ def augment(batch: Batch, how: Augmentation) -> Batch:
     """Crop, turn and flip every sample, its validity and its label alike; keyed by (seed, position).
 
     Raises:
-        ValueError: the crop is larger than the samples.
+        ContractError: the crop is larger than the samples.
     """
     height, width = next(iter(batch.valid.values())).shape[1:]
     if how.crop is not None and (height, width) != (how.crop, how.crop):
@@ -56,7 +57,9 @@ def _corners(positions: Tensor, how: Augmentation, height: int, width: int) -> l
     """First row and column of each sample's crop."""
     size = how.crop or 0
     if size > min(height, width):
-        raise ValueError(f"crop: {size} pixels of samples of {height} x {width}; choose at most {min(height, width)}")
+        raise ContractError(
+            f"crop: {size} pixels of samples of {height} x {width}; choose at most {min(height, width)}"
+        )
     words = [hash64(how.seed, positions, int(Use.AUGMENT), which) >> 1 & (2**62 - 1) for which in (ROWS, COLS)]
     return list(zip(*((w % (n - size + 1)).tolist() for w, n in zip(words, (height, width), strict=True)), strict=True))
 

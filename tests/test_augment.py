@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from pipeline.augment import Augmentation, augment, symmetry
 from pipeline.batch import Batch
+from shards.contract import ContractError
 
 
 def batch(count: int, height: int, width: int) -> Batch:
@@ -66,3 +68,65 @@ def test_keyed_by_seed_and_position_not_by_place_in_the_batch() -> None:
 
 def test_without_label() -> None:
     assert augment(replace(batch(2, 4, 4), label=None), Augmentation(0, True)).label is None
+
+
+def corner(image: torch.Tensor, width: int) -> tuple[int, int]:
+    """Row and column of the first pixel of a crop of `batch`, whose pixels hold their own numbers."""
+    return divmod(int(image[0, 0]), width)
+
+
+def test_crops_cut_values_validity_and_label_alike() -> None:
+    cut = augment(batch(500, 9, 12), Augmentation(1, crop=4))
+    assert cut.label is not None and cut.label.shape == (500, 4, 4)
+    assert torch.equal(cut.values["a"][:, 0].long(), cut.label)
+    assert torch.equal(cut.values["b"][:, 0].long(), cut.label) and cut.values["b"].shape == (500, 2, 4, 4)
+    assert torch.equal(cut.valid["a"], cut.label % 3 > 0) and torch.equal(cut.valid["b"], cut.label % 5 > 0)
+    corners = [corner(image, 12) for image in cut.label]
+    assert set(corners) == {(row, col) for row in range(6) for col in range(9)}  # all places, each whole
+    for image, (row, col) in zip(cut.label, corners, strict=True):
+        assert torch.equal(image, (torch.arange(row, row + 4)[:, None] * 12 + torch.arange(col, col + 4)))
+
+
+def test_crops_are_keyed_by_seed_and_position_not_by_place_in_the_batch() -> None:
+    whole = batch(32, 16, 16)
+    assert whole.label is not None
+    order = torch.arange(31, -1, -1)
+    turned = replace(
+        whole,
+        values={name: tensor[order] for name, tensor in whole.values.items()},
+        valid={name: tensor[order] for name, tensor in whole.valid.items()},
+        label=whole.label[order],
+        positions=whole.positions[order],
+    )
+    for how in (Augmentation(3, False, 5), Augmentation(3, True, 5)):
+        one, two = augment(whole, how), augment(turned, how)
+        assert torch.equal(one.values["b"][order], two.values["b"])
+        assert torch.equal(one.valid["a"][order], two.valid["a"])
+    elsewhere = augment(replace(whole, positions=whole.positions + 1000), Augmentation(3, crop=5))
+    otherwise = augment(whole, Augmentation(4, crop=5))
+    for other in (elsewhere, otherwise):
+        assert not torch.equal(augment(whole, Augmentation(3, crop=5)).values["a"], other.values["a"])
+
+
+def test_a_crop_is_taken_then_turned() -> None:
+    both = augment(batch(64, 8, 6), Augmentation(2, True, 6))
+    cut = augment(batch(64, 8, 6), Augmentation(2, crop=6))
+    assert both.label is not None and cut.label is not None
+    found = set()
+    for turned, plain in zip(both.label, cut.label, strict=True):
+        (code,) = (code for code in range(8) if torch.equal(symmetry(plain, code), turned))
+        found.add(code)
+    assert found == set(range(8))  # the crop is square though the samples are not
+
+
+def test_a_crop_of_the_whole_changes_nothing_and_a_larger_one_is_refused() -> None:
+    whole = batch(3, 6, 6)
+    assert torch.equal(augment(whole, Augmentation(1, crop=6)).values["b"], whole.values["b"])
+    for shape in ((6, 9), (9, 6), (6, 6)):
+        with pytest.raises(ContractError, match=r"crop: 7 pixels of samples of \d x \d; choose at most 6"):
+            augment(batch(2, *shape), Augmentation(1, crop=7))
+
+
+def test_crops_without_label() -> None:
+    found = augment(replace(batch(2, 8, 8), label=None), Augmentation(0, True, 4))
+    assert found.label is None and found.values["a"].shape == (2, 1, 4, 4)

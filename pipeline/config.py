@@ -131,7 +131,7 @@ class Training:
     )
     steps: int = Field(ge=1, description="optimiser steps of the whole run")
     seed: int = Field(default=0, description="of weights, order, masks, augmentation and drop path")
-    lanes: int = Field(default=16, ge=1, description="stretches of the data read side by side")
+    lanes: int = Field(default=32, ge=1, description="stretches of the data read side by side")
     reading: Reading = Field(default_factory=Reading, description="threads, memory and cache of reading")
     checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints; the last is always saved")
     keep: int = Field(default=3, ge=1, description="newest checkpoints that are kept")

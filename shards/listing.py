@@ -9,7 +9,7 @@ from shards.manifest import ManifestError, select
 from shards.stream import Share, order_of
 
 # Setting -> default; None must be given.
-SETTINGS = {"global_batch": None, "seed": 0, "step": 0, "steps": 1, "world": 1, "rank": None, "lanes": 16}
+SETTINGS = {"global_batch": None, "seed": 0, "step": 0, "steps": 1, "world": 1, "rank": None, "lanes": 32}
 
 
 def listing(data: str | Mapping[str, int], settings: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -22,17 +22,15 @@ def listing(data: str | Mapping[str, int], settings: Mapping[str, str]) -> Itera
 
     Raises:
         ManifestError: an unknown or missing setting, or one that is not a number.
+        OrderError: numbers that do not go together, such as a batch that the ranks cannot share.
     """
     where = {"split": settings["split"].split(",")} if "split" in settings else None
     numbers = _numbers({key: value for key, value in settings.items() if key != "split"})
     selection = select(data, where=where)
     first, ranks = numbers["step"], numbers["world"]
-    try:
-        order = order_of(selection, numbers["seed"], numbers["lanes"])
-        wanted = range(max(ranks, 1)) if numbers["rank"] is None else [numbers["rank"]]
-        shares = [Share(numbers["global_batch"], ranks, rank) for rank in wanted]
-    except ValueError as error:
-        raise ManifestError(str(error)) from None
+    order = order_of(selection, numbers["seed"], numbers["lanes"])
+    wanted = range(max(ranks, 1)) if numbers["rank"] is None else [numbers["rank"]]
+    shares = [Share(numbers["global_batch"], ranks, rank) for rank in wanted]
     for step in range(first, first + numbers["steps"]):
         for share in shares:
             keys = [selection.row(order.sample(position)).key for position in share.slots(step)]

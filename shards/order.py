@@ -3,7 +3,7 @@
 N samples in shards, L lanes. Position p lies in epoch e = p div N; its place i = p mod N in the epoch is slot
 j = i div L of lane i mod L, and lanes are consecutive stretches of the epoch's shuffled list. That is a bijection for
 every N and L. The list is shuffled twice: shards are permuted by (seed, e); each lane's stretch is cut into blocks
-(of at most 16 samples, and at shard ends), and samples are permuted inside their block by (seed, e, lane, block).
+(of at most 8 samples, and at shard ends), and samples are permuted inside their block by (seed, e, lane, block).
 A block lies in one shard, so it can be read by one ranged request.
 
 Reading L lanes in turn mixes L shards in every batch; a rank that takes every R-th slot with R dividing L reads only
@@ -23,7 +23,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 16  # samples; one lane's are some 15 MB of Sentinel-1 and -2, few enough for 16 lanes in a small buffer
+BLOCK = 8  # samples: some 10 MB of Sentinel-1 and -2, few enough for the blocks of all lanes to be held at once
 CYCLE = 1024
 
 Ints = NDArray[np.int64]
@@ -42,6 +42,10 @@ class Use(IntEnum):
     LIMIT = 8
     SPLIT = 9
     MIX = 10
+
+
+class OrderError(ValueError):
+    """An order, or a share of it, that cannot be; the message says what would be allowed."""
 
 
 def hash64(*words: int | NDArray[np.integer]) -> NDArray[np.uint64]:
@@ -88,17 +92,17 @@ class Mix:
         seed: of the permutation of slots.
 
     Raises:
-        ValueError: a weight below 1, or one so small that its dataset has no slot in a cycle.
+        OrderError: a weight below 1, or one so small that its dataset has no slot in a cycle.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[int], seed: int) -> None:
         if min(weights) < 1:
-            raise ValueError(f"weights {list(weights)}: each must be 1 or more")
+            raise OrderError(f"weights {list(weights)}: each must be 1 or more")
         exact = np.asarray(weights, np.float64) * CYCLE / sum(weights)
         counts = np.floor(exact).astype(np.int64)
         counts[np.argsort(counts - exact, kind="stable")[: CYCLE - counts.sum()]] += 1
         if counts.min() < 1:
-            raise ValueError(f"weights {list(weights)}: the smallest has less than one slot of {CYCLE}; leave it out")
+            raise OrderError(f"weights {list(weights)}: the smallest has less than one slot of {CYCLE}; leave it out")
         self.orders, self.counts, self.seed = tuple(orders), counts, seed
         self.starts = np.cumsum([0, *(order.count for order in orders)])  # first row of each dataset
         self._cycle = lru_cache(maxsize=4)(self._deal)
@@ -135,7 +139,7 @@ class Order:
         lanes: stretches of the epoch that are read side by side.
 
     Raises:
-        ValueError: no sample at all, or fewer than one lane.
+        OrderError: no sample at all, or fewer than one lane.
     """
 
     def __init__(self, shard_sizes: Sequence[int] | Ints, seed: int, lanes: int = 16) -> None:
@@ -143,7 +147,7 @@ class Order:
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])  # first row of each shard
         self.seed, self.lanes, self.count = seed, lanes, int(self.starts[-1])
         if self.count < 1 or lanes < 1:
-            raise ValueError(f"{self.count} samples in {lanes} lanes; at least one of each is needed")
+            raise OrderError(f"{self.count} samples in {lanes} lanes; at least one of each is needed")
         # Memos of pure functions; a few epochs and the blocks now being read.
         self._epoch = lru_cache(maxsize=4)(self._shuffle_shards)
         self._block = lru_cache(maxsize=8 * lanes)(self._make_block)

@@ -69,6 +69,7 @@ class Reader:
         self.near = all(isinstance(store, FolderStore | Cache) for store in self.stores)
         self._decoders = [_decoder(part, selection.contract.sensors) for part in selection.parts]
         self._largest = 1
+        self._own = threading.local()  # each thread's buffer
         self._lock = threading.Lock()
 
     @property
@@ -120,7 +121,7 @@ class Reader:
 
     def _make(self, job: Job, window: _Window | None, make: Callable[[int, Members], T]) -> T:
         row = self.selection.parts[job.part].row(job.row)
-        spans = window.spans(job) if window else self.load(job.part, _extents([row]))
+        spans = window.spans(job) if window else self.load(job.part, _extents([row]), reuse=make == self.decoded)
         members = self._checked(job.part, row, spans)
         made = make(job.part, members)
         self._largest = max(self._largest, 2 * sum(map(len, members.values())))
@@ -145,18 +146,30 @@ class Reader:
             "the shard was altered or damaged (mcf shards verify), restore it or build it again"
         )
 
-    def load(self, part: int, extents: list[Extent]) -> Spans:
-        """Read these bytes now."""
+    def load(self, part: int, extents: list[Extent], reuse: bool = False) -> Spans:
+        """Read these bytes now; with `reuse` they may last only until this thread's next call."""
         store, spans = self.stores[part], {}
+        buffer = self._buffer(sum(extent.end - extent.start for extent in extents)) if reuse else None
         for shard, start, end in extents:
             try:
-                spans[shard] = start, memoryview(store.range(shard, start, end - start))
+                if buffer is not None and isinstance(store, FolderStore):
+                    mine, buffer = buffer[: end - start], buffer[end - start :]
+                    store.into(shard, start, mine)
+                    spans[shard] = start, mine
+                else:
+                    spans[shard] = start, memoryview(store.range(shard, start, end - start))
             except StoreError as error:
                 raise StreamError(f"bytes {start} to {end} of {error}") from error
         with self._lock:
             self.ledger["bytes"] += sum(len(data) for _, data in spans.values())
             self.ledger["requests"] += len(extents)
         return spans
+
+    def _buffer(self, size: int) -> memoryview:
+        """This thread's own memory, which it keeps."""
+        if len(getattr(self._own, "buffer", b"")) < size:
+            self._own.buffer = bytearray(size)
+        return memoryview(self._own.buffer)[:size]
 
 
 @dataclass

@@ -74,7 +74,7 @@ class S3Store:
         reply = self._ask("get_object", name, Range=asked)
         if not reply.get("ContentRange", "").startswith(f"bytes {start}-"):
             raise StoreError(f"{where}: asked for {asked}, but the server sent other bytes; it cannot serve shards")
-        return whole(reply["Body"], where, start, length)
+        return whole(bytes(reply["Body"]), where, start, length)
 
     @contextmanager
     def reading(self, name: str) -> Iterator[IO[bytes]]:

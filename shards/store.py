@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Protocol
+from typing import IO, Protocol, TypeVar
+
+Data = TypeVar("Data", bytes, memoryview)
 
 
 class StoreError(OSError):
@@ -93,11 +95,20 @@ class FolderStore:
             file.seek(start)
             return whole(file.read(length), f"{self.url}/{name}", start, length)
 
+    def into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill a buffer with the bytes from `start`: without fresh memory, which takes longer than a file in memory."""
+        with self.reading(name, buffering=0) as file:
+            file.seek(start)
+            found = 0
+            while found < len(buffer) and (more := file.readinto(buffer[found:])):  # type: ignore[attr-defined]
+                found += more
+            whole(buffer[:found], f"{self.url}/{name}", start, len(buffer))
+
     @contextmanager
-    def reading(self, name: str) -> Iterator[IO[bytes]]:
+    def reading(self, name: str, buffering: int = -1) -> Iterator[IO[bytes]]:
         """The file, open."""
         try:
-            with self._path(name).open("rb") as file:
+            with self._path(name).open("rb", buffering=buffering) as file:
                 yield file
         except OSError as error:
             if isinstance(error, StoreError):
@@ -144,7 +155,7 @@ class FolderStore:
         return self._path(name).is_file()
 
 
-def whole(data: bytes, where: str, start: int, length: int) -> bytes:
+def whole(data: Data, where: str, start: int, length: int) -> Data:
     """`data` if it has the length that was asked for; StoreError otherwise."""
     if len(data) != length:
         raise StoreError(f"{where}: {len(data)} of the {length} bytes from {start}; the object is truncated")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from shards.cache import Cache
 from shards.manifest import Selection, differences
-from shards.order import BLOCK, Mix, Order
+from shards.order import BLOCK, Mix, Order, OrderError
 from shards.reader import Job, Members, Reader, StreamError
 from shards.reading import Reading
 from shards.sample import Sample
@@ -51,7 +51,7 @@ class Share:
         counts = (self.global_batch, self.ranks, self.micro_batch, self.workers)
         exists = min(counts) > 0 and 0 <= self.rank < self.ranks and 0 <= self.worker < self.workers
         if not exists or self.global_batch % (self.ranks * self.micro_batch):
-            raise ValueError(
+            raise OrderError(
                 f"global batch {self.global_batch}, rank {self.rank} of {self.ranks}, worker {self.worker} of "
                 f"{self.workers}, micro-batches of {self.micro_batch}: the batch must be a multiple of the ranks times "
                 "the micro-batch; ranks and workers are counted from 0"
@@ -81,7 +81,7 @@ class Stream:
         reading: threads, memory, cache.
 
     Raises:
-        ValueError: a position inside a batch.
+        OrderError: a position inside a batch.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Stream:
         reading: Reading | None = None,
     ) -> None:
         if position % share.global_batch:
-            raise ValueError(f"position {position} is not a multiple of the global batch {share.global_batch}")
+            raise OrderError(f"position {position} is not a multiple of the global batch {share.global_batch}")
         self.selection, self.share, self.position = selection, share, position
         self.order = order_of(selection, seed, lanes)
         self.reader = Reader(selection, reading or Reading())
@@ -156,7 +156,7 @@ class Stream:
 
         Raises:
             StateError: it is of another order: another dataset, filter, seed, or number of lanes; which, it says.
-            ValueError: its position is inside a global batch of this stream.
+            OrderError: its position is inside a global batch of this stream.
         """
         here = self.state(0)
         if found := [
@@ -166,7 +166,7 @@ class Stream:
         ] + differences(state.get("data", []), here["data"]):
             raise StateError(f"this state belongs to another order of samples; {'; '.join(found)}")
         if state["position"] % self.share.global_batch:
-            raise ValueError(
+            raise OrderError(
                 f"position {state['position']} is not a multiple of the global batch {self.share.global_batch}"
             )
         self.position = state["position"]
@@ -211,7 +211,7 @@ class Stream:
         mine = not others and lanes % self.share.ranks == 0 and self.share.workers == 1
         block = BLOCK * sum(part.sizes.values()) / len(part)  # what lies between the selected samples included
         dense = len(part) >= DENSE * len(part.table) and part.foreign is None
-        return mine and dense and 2 * block * lanes / self.share.ranks <= self.reader.reading.memory
+        return mine and dense and 1.25 * block * lanes / self.share.ranks <= self.reader.reading.memory
 
 
 def order_of(selection: Selection, seed: int, lanes: int) -> Mix:

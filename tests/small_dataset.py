@@ -13,7 +13,7 @@ import pytest
 
 from shards.contract import Classes, Contract, Modality
 from shards.manifest import write_manifest
-from shards.sample import Sample, Tile
+from shards.sample import Encoding, Sample, Tile
 from shards.store import open_store
 from shards.write import finish_shard, read_record, write_shard
 
@@ -58,13 +58,19 @@ def make_sample(number: int, size: int = 32, labelled: bool = True) -> Sample:
     return Sample(f"sample-{number:03d}", tiles, label if labelled else None, meta)
 
 
-def write_dataset(folder: Path, samples: int = 16, size: int = 32, contract: Contract = CONTRACT) -> str:
+def write_dataset(
+    folder: Path,
+    samples: int = 16,
+    size: int = 32,
+    contract: Contract = CONTRACT,
+    encoding: Encoding = "npy",
+) -> str:
     """A dataset of two shards in `folder`, half of it split train, a quarter val, a quarter test; its address."""
     store, tables = open_store(str(folder)), []
     for index in range(2):
         name = f"small-{index:06d}"
         numbers = range(index, samples, 2)
-        record = write_shard((make_sample(number, size) for number in numbers), store, name, "npy")
+        record = write_shard((make_sample(number, size) for number in numbers), store, name, encoding)
         finish_shard(record, store, "plan", contract.sensors)
         tables.append(read_record(store, name)[2].replace_schema_metadata(None))
     facts = {"format_version": 1, "contract": contract.to_json(), "fingerprint": f"{samples}-{size}"}

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -41,18 +42,16 @@ def merge(config: ShardsConfig, planned: Plan | None = None, store: Store | None
     store = store or open_store(config.out)
     planned = planned or plan(config)
     check_contract(config, planned)
-    tables, own = _own(config, planned, store)
-    records = list(own)
+    found = _Found()
+    _add_own(found, config, planned, store)
+    own = list(found.records)
     others = {name: facts for name, facts in _builds(store).items() if name != config.name}
     for name, facts in others.items():
-        found = [read_record(store, f"{name}-{index:06d}") for index in range(facts["shards"])]
-        records += [record for record, _, _ in found]
-        tables += [table.replace_schema_metadata(None) for _, _, table in found]
-    rows = pa.concat_tables(tables)
-    statistics: dict[str, BandStatistics] = {}
-    for record in records:
-        statistics = merge_statistics(statistics, record.statistics)
-    facts = dataset_facts(config, planned, records, rows, statistics)
+        for index in range(facts["shards"]):
+            record, _, table = read_record(store, f"{name}-{index:06d}")
+            found.add(record, table)
+    rows = pa.concat_tables(found.tables)
+    facts = dataset_facts(config, planned, found.records, rows, found.statistics)
     builds = {**others, config.name: _build_facts(config, planned, own)}
     facts |= {"builds": builds, **_of_all(builds)}
     _check_rows(config, rows, facts)
@@ -64,19 +63,31 @@ def merge(config: ShardsConfig, planned: Plan | None = None, store: Store | None
     return config.out
 
 
-def _own(config: ShardsConfig, planned: Plan, store: Store) -> tuple[list[pa.Table], list[ShardRecord]]:
+@dataclass
+class _Found:
+    """What the records of many shards tell; statistics are taken together at once, as a histogram per band is large."""
+
+    tables: list[pa.Table] = field(default_factory=list)
+    records: list[ShardRecord] = field(default_factory=list)
+    statistics: dict[str, BandStatistics] = field(default_factory=dict)
+
+    def add(self, record: ShardRecord, table: pa.Table) -> None:
+        """One more shard."""
+        self.tables.append(table.replace_schema_metadata(None))
+        self.statistics = merge_statistics(self.statistics, record.statistics)
+        self.records.append(replace(record, statistics={}))
+
+
+def _add_own(found: _Found, config: ShardsConfig, planned: Plan, store: Store) -> None:
     names = [shard_name(config, index) for index in range(planned.shards)]
     there = set(store.list(f"{config.name}-"))
     if missing := [name for name in names if f"{name}.parquet" not in there]:
         raise BuildError(f"{config.out}: {len(missing)} shards are not built yet: {', '.join(missing[:5])} ...")
-    tables, records = [], []
     for name in names:
         record, fingerprint, table = read_record(store, name)
         if fingerprint != planned.fingerprint:
             raise BuildError(f"{config.out}: {name} belongs to another build; give another out=, or remove that folder")
-        tables.append(table.replace_schema_metadata(None))
-        records.append(record)
-    return tables, records
+        found.add(record, table)
 
 
 def _builds(store: Store) -> dict[str, dict[str, Any]]:

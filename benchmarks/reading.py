@@ -14,8 +14,6 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-
 from benchmarks.reading_data import (
     COUNT,
     members,
@@ -44,13 +42,10 @@ from benchmarks.reading_peers import (
     versions,
 )
 from benchmarks.timing import compare
-from shards.manifest import Selection, select, write_manifest
-from shards.sample import Encoding, Sample, Tile
+from shards.manifest import Selection
+from shards.sample import Encoding
 from shards.sample import decode as decode_members
-from shards.store import open_store
 from shards.stream import Share
-from shards.write import finish_shard, read_record, write_shard
-from tests.small_dataset import CONTRACT
 
 CHUNK = 1 << 20
 ENCODINGS: tuple[Encoding, ...] = ("npy", "blosc2-zstd")
@@ -212,24 +207,3 @@ def _say_missing() -> None:
     for peer in PEERS:
         if not installed(peer.name):
             print(f"  {peer.name:<44} not installed")
-
-
-SAMPLES = 96
-
-
-def _dataset(folder: Path, encoding: Encoding) -> Selection:
-    """What `uploading` streams: samples like S1 and elevation, smooth fields with noise."""
-    rng = np.random.default_rng(0)
-    samples = []
-    for number in range(SAMPLES):
-        field = np.add.outer(np.sin(np.arange(256) / 40 + number), np.cos(np.arange(256) / 30)).astype(np.float32)
-        s1 = (-14 + 4 * field + rng.normal(0, 1, (2, 256, 256))).astype(np.float32)
-        dem = np.rint(300 + 50 * field)[None].astype(np.float32)
-        valid = np.ones((256, 256), bool)
-        samples.append(Sample(f"s{number:04d}", {"s1": Tile(s1, valid), "dem": Tile(dem, valid)}))
-    store = open_store(folder)
-    finish_shard(write_shard(samples, store, "shard-000000", encoding), store, "benchmark", CONTRACT.sensors)
-    _, _, table = read_record(store, "shard-000000")
-    contract = {**CONTRACT.to_json(), "classes": None}
-    write_manifest(store, table, {"format_version": 1, "contract": contract, "fingerprint": encoding})
-    return select(str(folder))

@@ -1,4 +1,4 @@
-"""Object storage: uploads, ranged reads and the stream against boto3's own ways, on the S3 server of the tests.
+"""Object storage: uploads and ranged reads against boto3's own ways, on the S3 server of the tests.
 
 It needs that server, which runs beside it on the same cores (`make services`), so it runs only by name:
 `python -m benchmarks uploading`. Each side has its own checks on: boto3 sends CRC32, we send CRC32C and ask afterwards
@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,19 +19,16 @@ import boto3
 import numpy as np
 from boto3.s3.transfer import TransferConfig
 
-from benchmarks.reading import SAMPLES, _dataset
 from benchmarks.timing import compare
 from shards import s3
-from shards.manifest import select
 from shards.store import open_store
-from shards.stream import Share, Stream
 from tests.services.s3 import shared
 
 SIZE, RANGES, RANGE = 128 << 20, 64, 1 << 20
 
 
 def run() -> None:
-    """One table for each of the three."""
+    """One table for each of the two."""
     if not shared().available():
         sys.exit("uploading needs the S3 server of the tests: make services")
     os.environ.update(shared().environment())
@@ -40,7 +36,6 @@ def run() -> None:
     with TemporaryDirectory() as folder, _bucket(client) as bucket:
         _compare_uploads(client, bucket, Path(folder) / "shard.tar")
         _compare_ranges(client, bucket)
-        _compare_streams(client, bucket, Path(folder) / "data")
 
 
 @contextmanager
@@ -86,28 +81,5 @@ def _compare_ranges(client: Any, bucket: str) -> None:
         {
             "boto3 get_object, iter_chunks": chunks,
             "Store.range": lambda: sum(len(store.range("ours", start, RANGE)) for start in starts),
-        },
-    )
-
-
-def _compare_streams(client: Any, bucket: str, folder: Path) -> None:
-    folder.mkdir()
-    _dataset(folder, "npy")
-    store = open_store(f"s3://{bucket}/data")
-    for path in folder.iterdir():
-        store.put(path.name, path)
-    selection = select(f"s3://{bucket}/data")
-
-    def chunks() -> int:
-        bodies = (client.get_object(Bucket=bucket, Key=f"data/{shard}")["Body"] for shard, _ in selection.shards)
-        return sum(len(chunk) for body in bodies for chunk in body.iter_chunks(RANGE))
-
-    compare(
-        f"{SAMPLES} samples of 3 x 256 x 256 float32, encoding npy",
-        {
-            "boto3 get_object, iter_chunks of the tars": chunks,
-            "our stream, shuffled, decoded, verified": lambda: list(
-                islice(iter(Stream(selection, 0, 16, Share(1))), SAMPLES)
-            ),
         },
     )

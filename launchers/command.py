@@ -264,13 +264,10 @@ def _stats(parsed: argparse.Namespace) -> int:
 
 
 def _order(parsed: argparse.Namespace) -> int:
-    import yaml
-
-    from shards.listing import listing
+    from shards.listing import listing, parse_data
 
     settings = dict(item.partition("=")[::2] for item in parsed.settings)
-    data = yaml.safe_load(parsed.data) if parsed.data.startswith("{") else parsed.data
-    for line in listing(data, settings):
+    for line in listing(parse_data(parsed.data), settings):
         print(json.dumps(line))
     return 0
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import yaml
+
 from shards.manifest import ManifestError, select
 from shards.stream import Share, order_of
 
@@ -35,6 +37,18 @@ def listing(data: str | Mapping[str, int], settings: Mapping[str, str]) -> Itera
         for share in shares:
             keys = [selection.row(order.sample(position)).key for position in share.slots(step)]
             yield {"step": step, "rank": share.rank, "keys": keys}
+
+
+def parse_data(text: str) -> str | dict[str, int]:
+    """A dataset folder, or weights by folder from `{folder: weight, ...}`, as in a config.
+
+    Raises:
+        ManifestError: it begins like a mapping, but is none.
+    """
+    try:
+        return yaml.safe_load(text) if text.startswith("{") else text
+    except yaml.YAMLError:
+        raise ManifestError(f"{text}: write a dataset folder, or {{folder: weight, ...}}") from None
 
 
 def _numbers(settings: Mapping[str, str]) -> dict[str, Any]:

@@ -187,6 +187,8 @@ def select(
     weights = {data: 1} if isinstance(data, str) else data
     if not weights:
         raise ManifestError("data: no dataset is named; give a folder, or {folder: weight, ...}")
+    if wrong := [f"{name}: {weight}" for name, weight in weights.items() if type(weight) is not int or weight < 1]:
+        raise ManifestError(f"data: {wrong[0]}; a weight is a whole number of 1 or more")
     parts, contracts = [], list[Contract]()
     for address, weight in weights.items():
         contract, part = _part(address, modalities or (contracts[0].sensors if contracts else ()), where or {})

@@ -71,6 +71,12 @@ def test_weights_that_give_no_slot_are_refused() -> None:
         Mix(orders, [5000, 1], 0)
 
 
+@pytest.mark.parametrize("weight", [0, -1, 1.5, "x", None, True])
+def test_a_weight_that_is_no_whole_number_is_refused(weight: Any) -> None:
+    with pytest.raises(ManifestError, match="data: a: .*; a weight is a whole number of 1 or more"):
+        select({"a": weight})
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("mixing")
@@ -91,7 +97,7 @@ def test_mixed_streams_give_every_sample_of_each_dataset_once_per_epoch_of_its_o
             assert sorted(own[first : first + len(every)]) == every
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.integers(0, 60), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(1, 3))
 def test_a_mixed_run_resumes_on_another_world_size(
     data: dict[str, str], stop: int, ranks: int, then: int, workers: int

@@ -72,7 +72,7 @@ def test_taken_in_turn_workers_give_the_micro_batches_of_their_rank(data: Any, s
     assert [position for batch in in_turn for position in batch] == alone
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(st.data(), shard_sizes, st.integers(1, 20), st.sampled_from([1, 2, 4, 6]), st.booleans())
 def test_the_sequence_is_that_of_the_order_however_it_is_read_stopped_and_resumed(
     tmp_path_factory: pytest.TempPathFactory, data: Any, sizes: list[int], lanes: int, size: int, distant: bool
@@ -249,6 +249,12 @@ def test_the_listing_of_mixed_datasets_is_what_the_streams_give(data: Path, caps
     assert command.main(["shards", "order", json.dumps(mixed), "global_batch=8", "seed=1", "steps=8", "lanes=4"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [key for line in lines for key in line["keys"]] == [seen[p] for p in range(64)]
+
+
+@pytest.mark.parametrize("text", ["{a", "{a}", "{a: x}", "{}"])
+def test_a_mixture_that_is_none_is_told_in_a_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["shards", "order", text, "global_batch=4"]) == 1
+    assert capsys.readouterr().err.startswith("mcf: ")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import crc32c
+
 from benchmarks.reading_data import (
     COUNT,
     members,
@@ -73,6 +75,7 @@ def _compare_undecoded(folder: Path, selection: Selection, encoding: Encoding) -
     floor = {
         "raw read of the tars, 1 MiB at a time": partial(read_raw, tars),
         "the same into one buffer": partial(_read_into, tars),
+        "the same, crc32c of all bytes": partial(_read_into, tars, crc32c.crc32c),
     }
     readers: Functions = {"webdataset": lambda: weigh(undecoded(folder))}
     for threads in (1, 2):
@@ -92,12 +95,14 @@ def read_raw(tars: Iterable[Path]) -> int:
     return count
 
 
-def _read_into(tars: Iterable[Path]) -> int:
-    count, buffer = 0, bytearray(CHUNK)
+def _read_into(tars: Iterable[Path], look: Callable[[memoryview], object] | None = None) -> int:
+    count, buffer = 0, memoryview(bytearray(CHUNK))
     for tar in tars:
         with tar.open("rb", buffering=0) as file:
             while size := file.readinto(buffer):
                 count += size
+                if look is not None:
+                    look(buffer[:size])
     return count
 
 

@@ -28,7 +28,7 @@ from shards.synthetic import make_archive
 from shards.write import finish_shard, read_record, write_shard
 
 COUNT, PER_SHARD, SIZE = 256, 64, 256
-SEED, LANES = 0, 16
+SEED, LANES = 0, 32
 
 
 def what(samples: int, encoding: str) -> str:

@@ -192,7 +192,7 @@ class Stream:
         first = int(order.starts[block.shard]) + block.first
         row = first + block.taken[offset]
         store = self.reader.stores[part]
-        if isinstance(store, Cache) and (offset == 0 or position == self.position):
+        if isinstance(store, Cache) and (offset == 0 or position < self.position + self.share.global_batch):
             shards = self.selection.parts[part].shards
             store.ahead([shards[shard][0] for shard in order.upcoming(own)])
         if self._whole:

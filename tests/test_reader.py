@@ -305,6 +305,16 @@ def test_the_cache_is_filled_ahead_in_the_order_of_reading(cached: Any, monkeypa
     items.close()
 
 
+def test_the_cache_is_filled_ahead_from_where_any_rank_goes_on(cached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lists: list[list[str]] = []
+    monkeypatch.setattr(Cache, "ahead", lambda self, names: lists.append(list(names)))
+    stream = cached(Share(2, 2, 1))
+    block = stream.order.orders[0].block
+    stream.position = next(p for p in range(0, 50, 2) if block(p)[1] and block(p + 1)[1])  # in mid-block
+    stream._job(stream.position + 1)
+    assert len(lists) == 1
+
+
 def test_an_altered_cached_tar_is_forgotten_and_fetched_again(cached: Any, tmp_path: Path) -> None:
     keys(cached(), 50)
     tars = list((tmp_path / "cache").rglob("s-000001.tar"))

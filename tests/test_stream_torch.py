@@ -97,6 +97,19 @@ def test_pickled_in_the_midst_of_reading(address: str, plain: list[Batch]) -> No
     same(plain[1:3], list(islice(items, 2)))
 
 
+def test_batches_for_a_gpu_are_pinned(address: str, plain: list[Batch], monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    source = dataset(address, SHARE)
+    batches = training_batches(source.stream, 2, source.contract, HOW)
+    first = next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    same([first], plain[:1])
+    for tensor in (*first.values.values(), *first.valid.values(), first.label):
+        assert any(tensor is one for one in pinned)
+
+
 @pytest.fixture
 def loader(address: str) -> Iterator[Any]:
     made: Any = iter(DataLoader(dataset(address, SHARE), batch_size=None, num_workers=2))

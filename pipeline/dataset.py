@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
@@ -35,6 +35,19 @@ def training_batches(
     """Micro-batches, augmented and, for a GPU, in pinned memory, prepared ahead of the model."""
     batches = (augment(batch, how) for batch in micro_batches(stream, size, contract))
     return read_ahead((batch.pin_memory() for batch in batches) if torch.cuda.is_available() else batches)
+
+
+def traffic(stream: Stream) -> Callable[[int], Mapping[str, object]]:
+    """A hook of the loop that tells what this rank's stream has done since the step before: `io` in metrics.jsonl."""
+    before: dict[str, float] = {}
+
+    def tell(step: int) -> Mapping[str, object]:
+        now = stream.ledger
+        since = {name: value if name == "held" else value - before.get(name, 0) for name, value in now.items()}
+        before.update(now)
+        return {"io": since}
+
+    return tell
 
 
 class StreamDataset(IterableDataset[Batch]):

@@ -16,7 +16,7 @@ from configs import ConfigError
 from pipeline.augment import augmentation
 from pipeline.batch import Batch
 from pipeline.config import FinetuneConfig
-from pipeline.dataset import training_batches
+from pipeline.dataset import traffic, training_batches
 from pipeline.engine import Engine
 from pipeline.loop import Objective, train
 from pipeline.metrics import scores
@@ -56,7 +56,7 @@ def finetune(config: FinetuneConfig) -> Path:
     stream = Stream(selection, config.seed, config.lanes, share, start.step * config.batch.global_batch, config.reading)
     inputs = run.contract.restrict(selection.contract.sensors)
     batches = training_batches(stream, engine.micro_batch, inputs, augmentation(config))
-    hooks = [validation(run, engine, config), lambda _: {"io": stream.ledger}]
+    hooks = [validation(run, engine, config), traffic(stream)]
     train(run, engine, objective(classes.ignore, config.seed), batches, start.step, hooks)
     return run.folder
 

@@ -19,7 +19,7 @@ from configs import ConfigError
 from pipeline.augment import augmentation
 from pipeline.batch import Batch, collate
 from pipeline.config import PretrainConfig
-from pipeline.dataset import training_batches
+from pipeline.dataset import traffic, training_batches
 from pipeline.engine import Engine
 from pipeline.figures import Reconstruction, reconstructions
 from pipeline.loop import Hook, Objective, train
@@ -60,7 +60,7 @@ def pretrain(config: PretrainConfig) -> Path:
     share = Share(config.batch.global_batch, ranks.world, ranks.rank)
     stream = Stream(selection, config.seed, config.lanes, share, start.step * config.batch.global_batch, config.reading)
     batches = training_batches(stream, engine.micro_batch, run.contract, augmentation(config))
-    hooks = [lambda step: {"io": stream.ledger}, pictures(run, engine, config, stream)]
+    hooks = [traffic(stream), pictures(run, engine, config, stream)]
     train(run, engine, objective(config, run.contract), batches, start.step, hooks)
     return run.folder
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from pipeline.augment import Augmentation
 from pipeline.batch import collate, normalise, upright
-from pipeline.dataset import micro_batches, read_ahead, training_batches
+from pipeline.dataset import micro_batches, read_ahead, traffic, training_batches
 from shards.contract import ContractError
 from shards.sample import Sample, Tile, decode, encode
 from tests.small_dataset import CONTRACT, make_sample
@@ -131,3 +132,11 @@ def test_training_batches_are_augmented_by_position_alone() -> None:
     one_by_one = list(training_batches(PAIRS, 1, CONTRACT, Augmentation(7, True)))
     assert not torch.equal(plain.values["s1"], turned.values["s1"])
     assert torch.equal(torch.cat([batch.values["s1"] for batch in one_by_one]), turned.values["s1"])
+
+
+def test_traffic_is_told_step_by_step() -> None:
+    stream: Any = SimpleNamespace(ledger={"samples": 4, "bytes": 100, "held": 7})
+    tell = traffic(stream)
+    assert tell(1) == {"io": {"samples": 4, "bytes": 100, "held": 7}}
+    stream.ledger = {"samples": 9, "bytes": 250, "held": 6, "hits": 1}
+    assert tell(2) == {"io": {"samples": 5, "bytes": 150, "held": 6, "hits": 1}}

@@ -14,7 +14,7 @@ class Reading:
     requests: int = Field(default=8, ge=1, description="reads under way at once")
     ahead: int = Field(default=64, ge=1, description="decoded samples kept ready, as far as memory allows")
     memory: ByteSize = Field(
-        default=ByteSize(512 << 20), ge=1 << 20, description="bytes of tars held at once, and as many decoded"
+        default=ByteSize(1 << 30), ge=1 << 20, description="bytes of tars held at once, and as many decoded"
     )
     cache_dir: str = Field(default="", description="node-local folder that keeps tars of s3://; empty = no cache")
     cache_limit: ByteSize = Field(default=ByteSize(200 * 10**9), ge=1, description="bytes of that folder at most")

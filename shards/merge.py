@@ -29,6 +29,8 @@ from shards.store import Store, open_store
 from shards.tile import open_scene
 from shards.write import ShardRecord, read_record
 
+TABLES = 64  # of shards that are made one
+
 
 def merge(config: ShardsConfig, planned: Plan | None = None, store: Store | None = None) -> str:
     """Put the parts of a build together, and with the builds of other names that are in the dataset already.
@@ -50,7 +52,7 @@ def merge(config: ShardsConfig, planned: Plan | None = None, store: Store | None
         for index in range(facts["shards"]):
             record, _, table = read_record(store, f"{name}-{index:06d}")
             found.add(record, table)
-    rows = pa.concat_tables(found.tables)
+    rows = found.rows()
     facts = dataset_facts(config, planned, found.records, rows, found.statistics)
     builds = {**others, config.name: _build_facts(config, planned, own)}
     facts |= {"builds": builds, **_of_all(builds)}
@@ -65,17 +67,25 @@ def merge(config: ShardsConfig, planned: Plan | None = None, store: Store | None
 
 @dataclass
 class _Found:
-    """What the records of many shards tell; statistics are taken together at once, as a histogram per band is large."""
+    """What the records of many shards tell, kept small: a table or the histograms of each shard would take more."""
 
     tables: list[pa.Table] = field(default_factory=list)
+    last: list[pa.Table] = field(default_factory=list)
     records: list[ShardRecord] = field(default_factory=list)
     statistics: dict[str, BandStatistics] = field(default_factory=dict)
 
     def add(self, record: ShardRecord, table: pa.Table) -> None:
         """One more shard."""
-        self.tables.append(table.replace_schema_metadata(None))
+        self.last.append(table.replace_schema_metadata(None))
+        if len(self.last) == TABLES:
+            self.tables.append(pa.concat_tables(self.last).combine_chunks())
+            self.last.clear()
         self.statistics = merge_statistics(self.statistics, record.statistics)
         self.records.append(replace(record, statistics={}))
+
+    def rows(self) -> pa.Table:
+        """Of all shards."""
+        return pa.concat_tables(self.tables + self.last)
 
 
 def _add_own(found: _Found, config: ShardsConfig, planned: Plan, store: Store) -> None:

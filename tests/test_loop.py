@@ -87,7 +87,7 @@ def test_checkpoints_come_every_so_many_steps_and_at_the_end(tmp_path: Path) -> 
     names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
     assert names == ["step-000003", "step-000004"]
     facts = json.loads((run.folder / "checkpoints" / "step-000003" / "state.json").read_text())
-    assert (facts["step"], facts["position"], facts["seed"], facts["lanes"]) == (3, 12, 0, 16)
+    assert (facts["step"], facts["position"], facts["seed"], facts["lanes"]) == (3, 12, 0, 32)
     assert facts["fingerprint"] == "data" and configs.parse(facts["config"]) == run.config
 
 

@@ -20,6 +20,7 @@ import configs
 from shards.build import build
 from shards.contract import Contract
 from shards.manifest import Selection, select, write_manifest
+from shards.order import LANES
 from shards.reading import Reading
 from shards.sample import Buffer, Encoding, Sample
 from shards.store import open_store
@@ -28,7 +29,7 @@ from shards.synthetic import make_archive
 from shards.write import finish_shard, read_record, write_shard
 
 COUNT, PER_SHARD, SIZE = 256, 64, 256
-SEED, LANES = 0, 32
+SEED = 0
 
 
 def what(samples: int, encoding: str) -> str:

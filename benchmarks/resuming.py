@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.reading_data import LANES, PER_SHARD, SEED
+from benchmarks.reading_data import PER_SHARD, SEED
 from benchmarks.timing import compare
 from benchmarks.training import in_new_process, peak
 from shards.manifest import Selection, select, write_manifest
-from shards.order import Order
+from shards.order import LANES, Order
 from shards.store import open_store
 from shards.stream import Share, Stream
 from shards.write import finish_shard, read_record, write_shard

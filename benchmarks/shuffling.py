@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.order import Order
+from shards.order import LANES, Order
 
-SHARDS, PER_SHARD, LANES, GROUPS, WINDOWS, BATCH = 160, 64, 32, 10, 20, 64
+SHARDS, PER_SHARD, GROUPS, WINDOWS, BATCH = 160, 64, 10, 20, 64
 SEEDS = range(5)
 BUFFER = 1000
 Ints = NDArray[np.int64]
@@ -43,8 +43,8 @@ def _orders(folder: Path) -> dict[str, Callable[[int], Ints]]:
     count = SHARDS * PER_SHARD
     return {
         "full permutation": lambda seed: np.random.default_rng(seed).permutation(count),
-        "ours, 32 lanes": lambda seed: _ours(seed, LANES),
-        "ours, 64 lanes": lambda seed: _ours(seed, 2 * LANES),
+        f"ours, {LANES} lanes": lambda seed: _ours(seed, LANES),
+        f"ours, {2 * LANES} lanes": lambda seed: _ours(seed, 2 * LANES),
         "webdataset, shardshuffle": lambda seed: _webdataset(folder, seed, 0),
         f"webdataset, shardshuffle and shuffle({BUFFER})": lambda seed: _webdataset(folder, seed, BUFFER),
         "webdataset, shardshuffle and shuffle(5000)": lambda seed: _webdataset(folder, seed, 5 * BUFFER),

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from configs import ConfigError
 from pipeline.model.config import ModelConfig
 from shards.contract import Normalisation
+from shards.order import LANES
 from shards.reading import Reading
 
 STRICT = ConfigDict(extra="forbid")
@@ -131,7 +132,7 @@ class Training:
     )
     steps: int = Field(ge=1, description="optimiser steps of the whole run")
     seed: int = Field(default=0, description="of weights, order, masks, augmentation and drop path")
-    lanes: int = Field(default=32, ge=1, description="stretches of the data read side by side")
+    lanes: int = Field(default=LANES, ge=1, description="stretches of the data read side by side")
     reading: Reading = Field(default_factory=Reading, description="threads, memory and cache of reading")
     checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints; the last is always saved")
     keep: int = Field(default=3, ge=1, description="newest checkpoints that are kept")

@@ -8,10 +8,11 @@ from typing import Any
 import yaml
 
 from shards.manifest import ManifestError, select
+from shards.order import LANES
 from shards.stream import Share, order_of
 
 # Setting -> default; None must be given.
-SETTINGS = {"global_batch": None, "seed": 0, "step": 0, "steps": 1, "world": 1, "rank": None, "lanes": 32}
+SETTINGS = {"global_batch": None, "seed": 0, "step": 0, "steps": 1, "world": 1, "rank": None, "lanes": LANES}
 
 
 def listing(data: str | Mapping[str, int], settings: Mapping[str, str]) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+LANES = 32
 BLOCK = 8  # samples: some 10 MB of Sentinel-1 and -2, few enough for the blocks of all lanes to be held at once
 CYCLE = 1024
 
@@ -131,7 +132,7 @@ class Mix:
 
 
 class Order:
-    """Where each position's sample lies: `locate` for many positions, `block` for the unit of reading.
+    """Where each position's sample lies: `sample` tells its row, `block` the unit of reading.
 
     Args:
         shard_sizes: samples per shard, in the order of the selection.
@@ -142,7 +143,7 @@ class Order:
         OrderError: no sample at all, or fewer than one lane.
     """
 
-    def __init__(self, shard_sizes: Sequence[int] | Ints, seed: int, lanes: int = 16) -> None:
+    def __init__(self, shard_sizes: Sequence[int] | Ints, seed: int, lanes: int = LANES) -> None:
         self.sizes = np.asarray(shard_sizes, np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])  # first row of each shard
         self.seed, self.lanes, self.count = seed, lanes, int(self.starts[-1])

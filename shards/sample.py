@@ -21,8 +21,8 @@ import blosc2
 import numpy as np
 from numpy.typing import NDArray
 
-# Blosc2 starts eight threads for every frame that it writes, whatever its parameters say. Samples are encoded and
-# decoded by many processes and threads already: with one thread a build takes a tenth less, two at once a quarter less.
+# Blosc2 starts eight threads for every frame that it writes, whatever its parameters say; samples are encoded and
+# decoded by many processes and threads already, which these would only hold up.
 os.putenv("BLOSC_NTHREADS", "1")
 blosc2.set_releasegil(True)
 

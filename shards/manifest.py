@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,9 +29,10 @@ from numpy.typing import NDArray
 from shards.contract import Contract, ContractError, apart, compare
 from shards.order import Use, hash64
 from shards.store import AbsentError, Store, open_store
-from shards.tables import Table, read_table
+from shards.tables import Table
 
 FORMAT_VERSION = 1
+MANIFEST = "manifest.parquet"
 
 # Columns that say where a sample lies; the rest is read when it is asked for.
 PLACE = ("key", "shard", "members", "checksum")
@@ -215,7 +217,7 @@ def _part(data: str, modalities: Sequence[str], where: Mapping[str, Sequence[Any
     store = open_store(data)
     facts = read_facts(store)
     contract = Contract.from_json(facts["contract"]).restrict(modalities)
-    table = Table(store, "manifest.parquet", PLACE)
+    table = Table(store, MANIFEST, PLACE)
     chosen, shards = _scan(table, where)
     if not shards:
         raise ManifestError(f"{data}: no sample fits where={dict(where)}; it holds {summary(store)}")
@@ -307,9 +309,12 @@ def read_facts(store: Store) -> dict[str, Any]:
 
 def summary(store: Store) -> str:
     """How many samples of which split a dataset holds, in words."""
-    rows = read_table(store.get("manifest.parquet"), ["split"])
-    counts = rows["split"].value_counts().to_pylist()
-    return ", ".join(f"{item['counts']} of split {item['values'] or '(none)'!r}" for item in counts) or "no samples"
+    counts = Counter[str]()
+    for batch in Table(store, MANIFEST, PLACE).scan(["split"]):
+        counts.update(
+            {item["values"] or "(none)": item["counts"] for item in batch["split"].value_counts().to_pylist()}
+        )
+    return ", ".join(f"{count} of split {split!r}" for split, count in counts.items()) or "no samples"
 
 
 def _mask(rows: pa.RecordBatch, where: Mapping[str, Sequence[Any]]) -> NDArray[np.bool_]:
@@ -338,7 +343,7 @@ def write_manifest(store: Store, table: pa.Table, facts: Mapping[str, Any]) -> N
     with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
         for first, last in _groups(table):
             writer.write_table(table.slice(first, last - first), row_group_size=last - first)
-    store.put("manifest.parquet", buffer.getvalue())
+    store.put(MANIFEST, buffer.getvalue())
     store.put("dataset.json", json.dumps(facts, indent=1, sort_keys=True).encode())
 
 

@@ -15,16 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
-
-import crc32c
 
 from shards.cache import Cache
 from shards.manifest import Part, Row, Selection
 from shards.reading import Reading
-from shards.sample import Sample, decode
+from shards.sample import Sample, checksum, decode
 from shards.store import FolderStore, Store, StoreError
 
 FETCHED_AHEAD = 4  # times as many samples as are decoded ahead
@@ -258,10 +256,7 @@ def _cut(row: Row, spans: Spans) -> Members:
 
 
 def _sound(row: Row, members: Members) -> bool:
-    return (
-        row.checksum is None
-        or reduce(lambda sum_, data: crc32c.crc32c(data, sum_), members.values(), 0) == row.checksum
-    )
+    return row.checksum is None or row.checksum == checksum(members)
 
 
 def _cached(part: Part, reading: Reading) -> Store | Cache:

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import blosc2
+import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -164,6 +165,14 @@ def encode(sample: Sample, encoding: Encoding) -> dict[str, bytes]:
     facts = {name: value for name, value in facts.items() if name not in ONLY_IN_MANIFEST}
     members[f"{sample.key}.json"] = json.dumps(facts, sort_keys=True).encode()
     return members
+
+
+def checksum(members: Mapping[str, Buffer]) -> int:
+    """crc32c of all members' bytes, one after the other."""
+    found = 0
+    for data in members.values():
+        found = crc32c.crc32c(data, found)
+    return found
 
 
 def decode(members: Mapping[str, Buffer], sensors: tuple[str, ...] = ()) -> Sample:

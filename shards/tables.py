@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
@@ -19,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.store import FolderStore, Store
+from shards.store import FolderStore, Store, StoreError
 
 GROUPS = 128  # row groups that are kept: some 0.5 MB each in a manifest
 
@@ -41,16 +42,16 @@ class Table:
     Args:
         store: a folder's file is read where it lies, another object is copied into a temporary file first.
         name: of the object.
-        columns: that `group` reads.
+        columns: that `row` reads.
 
     Raises:
-        AbsentError, StoreError: the object cannot be read.
-        pyarrow.ArrowInvalid: not Parquet.
+        AbsentError, StoreError: the object cannot be read, or is damaged.
     """
 
     def __init__(self, store: Store, name: str, columns: Sequence[str]) -> None:
         self._store, self._name = store, name
-        self._file = pq.ParquetFile(_local(store, name), pre_buffer=False)
+        with self._readable():
+            self._file = pq.ParquetFile(_local(store, name), pre_buffer=False)
         self._columns = list(columns)
         facts = self._file.metadata
         sizes = [facts.row_group(index).num_rows for index in range(facts.num_row_groups)]
@@ -80,13 +81,21 @@ class Table:
         with self._lock:
             return self._group(group), number - int(self._starts[group])
 
-    def scan(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Some columns of all rows, batch after batch."""
-        with self._lock:
-            yield from self._file.iter_batches(batch_size=1 << 16, columns=list(columns), use_threads=False)
+    def scan(self, columns: Sequence[str], rows: int = 1 << 16) -> Iterator[pa.RecordBatch]:
+        """Some columns of all rows, so many rows at a time."""
+        with self._lock, self._readable():
+            yield from self._file.iter_batches(rows, columns=list(columns), use_threads=False)
 
     def _read_group(self, index: int) -> pa.Table:
-        return self._file.read_row_group(index, columns=self._columns, use_threads=False).combine_chunks()
+        with self._readable():
+            return self._file.read_row_group(index, columns=self._columns, use_threads=False).combine_chunks()
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except pa.ArrowInvalid as error:
+            raise StoreError(f"{self._store.url}/{self._name}: damaged, merge the build again: {error}") from None
 
 
 def _local(store: Store, name: str) -> IO[bytes]:

@@ -10,23 +10,21 @@ import hashlib
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from typing import IO, Any
 
-import crc32c
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from shards.contract import Contract
-from shards.manifest import read_facts, select
-from shards.sample import Sample, decode
+from shards.manifest import MANIFEST, PLACE, read_facts, select
+from shards.sample import Sample, checksum, decode
 from shards.shifts import LIMITS, Shifts
 from shards.statistics import BandStatistics, measure, merge
 from shards.store import Store, StoreError, open_store
 from shards.stream import Share, Stream, StreamError
+from shards.tables import Table
 
 PIECE = 1 << 20  # bytes of a tar that are read at once
 BATCH = 1024  # rows of the manifest
@@ -43,29 +41,18 @@ def verify(data: str) -> list[str]:
     """
     store = open_store(data)
     facts = read_facts(store)
-    with _manifest(store) as manifest:
-        found = list(_verify_keys(manifest, facts["samples"]))
-        foreign = "foreign" in facts
-        rest = _verify_foreign(data, facts["shards"]) if foreign else _verify_shards(store, manifest, facts)
-        return [*found, *rest]
+    manifest = Table(store, MANIFEST, PLACE)
+    found = list(_verify_keys(manifest, facts["samples"]))
+    foreign = "foreign" in facts
+    return [*found, *(_verify_foreign(data, facts["shards"]) if foreign else _verify_shards(store, manifest, facts))]
 
 
-@contextmanager
-def _manifest(store: Store) -> Iterator[pq.ParquetFile]:
-    with store.reading("manifest.parquet") as file:
-        try:
-            with pq.ParquetFile(file, pre_buffer=False) as manifest:
-                yield manifest
-        except pa.ArrowInvalid as error:
-            raise StoreError(f"{store.url}/manifest.parquet: damaged, merge the build again: {error}") from None
-
-
-def _rows(manifest: pq.ParquetFile, columns: Sequence[str]) -> Iterator[Row]:
-    for batch in manifest.iter_batches(BATCH, columns=list(columns), use_threads=False):
+def _rows(manifest: Table, columns: Sequence[str]) -> Iterator[Row]:
+    for batch in manifest.scan(columns, BATCH):
         yield from batch.to_pylist()
 
 
-def _verify_keys(manifest: pq.ParquetFile, promised: int) -> Iterator[str]:
+def _verify_keys(manifest: Table, promised: int) -> Iterator[str]:
     """How many rows there are, and keys that occur twice."""
     hashes = np.fromiter((hash(row["key"]) for row in _rows(manifest, ["key"])), np.int64)
     if len(hashes) != promised:
@@ -77,14 +64,14 @@ def _verify_keys(manifest: pq.ParquetFile, promised: int) -> Iterator[str]:
             yield f"manifest.parquet: {len(twice)} keys occur twice, such as {', '.join(twice[:5])}"
 
 
-def _verify_shards(store: Store, manifest: pq.ParquetFile, facts: Mapping[str, Any]) -> Iterator[str]:
+def _verify_shards(store: Store, manifest: Table, facts: Mapping[str, Any]) -> Iterator[str]:
     """Every tar that the manifest names, in its order, and the statistics of all samples when nothing else is wrong."""
     contract, left = Contract.from_json(facts["contract"]), dict(facts["shards"])
     statistics: dict[str, BandStatistics] = {}
     sound = True
     total = sum(shard["bytes"] for shard in left.values())
     with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        rows = _rows(manifest, ["key", "shard", "members", "checksum", "valid"])
+        rows = _rows(manifest, [*PLACE, "valid"])
         for tar, mine in groupby(rows, key=lambda row: row["shard"]):
             told = left.pop(tar.removesuffix(".tar"), None)
             for seen in _verify_tar(store, tar, told, mine, contract):
@@ -179,10 +166,7 @@ def _members(tar: tarfile.TarFile, row: Row) -> dict[str, bytes] | None:
 
 
 def _verify_sample(parts: Mapping[str, bytes], row: Row, contract: Contract) -> Iterator[Sample | str]:
-    checksum = 0
-    for data in parts.values():
-        checksum = crc32c.crc32c(data, checksum)
-    if checksum != row["checksum"]:
+    if checksum(parts) != row["checksum"]:
         yield f"{row['key']}: checksum differs"
         return
     try:
@@ -227,8 +211,7 @@ def registration(data: str) -> list[str]:
     """How far the modalities of a dataset lie off the first one, a line each, from the manifest's column `shift`."""
     store = open_store(data)
     first, *others = Contract.from_json(read_facts(store)["contract"]).sensors
-    with _manifest(store) as manifest:
-        shifts = manifest.read(columns=["shift"], use_threads=False)["shift"]
+    shifts = pa.Table.from_batches(Table(store, MANIFEST, PLACE).scan(["shift"]))["shift"]
     return [_distribution(first, name, Shifts.of(shifts, name)) for name in others]
 
 

@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-import crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
 from shapely.geometry import shape
 
-from shards.sample import Encoding, Sample, encode
+from shards.sample import Encoding, Sample, checksum, encode
 from shards.statistics import BandStatistics, measure, merge
 from shards.store import Store
 from shards.tables import read_table
@@ -95,15 +94,14 @@ def write_shard(samples: Iterable[Sample], store: Store, name: str, encoding: En
 
 
 def _add(file: IO[bytes], sample: Sample, shard: str, encoding: Encoding) -> dict[str, Any]:
-    members, checksum = [], 0
-    for name, data in encode(sample, encoding).items():
+    members, encoded = [], encode(sample, encoding)
+    for name, data in encoded.items():
         header = tarfile.TarInfo(name)
         header.size, header.mode = len(data), 0o644
         file.write(header.tobuf(tarfile.USTAR_FORMAT))
         members.append({"name": name, "offset": file.tell(), "bytes": len(data)})
-        checksum = crc32c.crc32c(data, checksum)
         file.write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
-    return _row(sample, {"shard": shard, "members": members, "checksum": checksum})
+    return _row(sample, {"shard": shard, "members": members, "checksum": checksum(encoded)})
 
 
 def _row(sample: Sample, stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from shards.cache import Cache
 from shards.manifest import Part, Row, Selection
+from shards.memory import Memory
 from shards.reading import Reading
 from shards.sample import Sample, checksum, decode
 from shards.store import FolderStore, Store, StoreError
@@ -65,9 +68,9 @@ class Reader:
         self.ledger: dict[str, float] = {"samples": 0, "bytes": 0, "requests": 0, "wait": 0.0, "held": 0}
         self.stores = [_cached(part, reading) for part in selection.parts]
         self.near = all(isinstance(store, FolderStore | Cache) for store in self.stores)
-        self._decoders = [_decoder(part, selection.contract.sensors) for part in selection.parts]
+        self._memory = Memory()
+        self._decoders = [_decoder(part, selection.contract.sensors, self._memory) for part in selection.parts]
         self._largest = 1
-        self._own = threading.local()  # each thread's buffer
         self._lock = threading.Lock()
 
     @property
@@ -119,7 +122,7 @@ class Reader:
 
     def _make(self, job: Job, window: _Window | None, make: Callable[[int, Members], T]) -> T:
         row = self.selection.parts[job.part].row(job.row)
-        spans = window.spans(job) if window else self.load(job.part, _extents([row]), reuse=make == self.decoded)
+        spans = window.spans(job) if window else self.load(job.part, _extents([row]))
         members = self._checked(job.part, row, spans)
         made = make(job.part, members)
         self._largest = max(self._largest, 2 * sum(map(len, members.values())))
@@ -144,16 +147,15 @@ class Reader:
             "the shard was altered or damaged (mcf shards verify), restore it or build it again"
         )
 
-    def load(self, part: int, extents: list[Extent], reuse: bool = False) -> Spans:
-        """Read these bytes now; with `reuse` they may last only until this thread's next call."""
+    def load(self, part: int, extents: list[Extent]) -> Spans:
+        """Read these bytes now."""
         store, spans = self.stores[part], {}
-        buffer = self._buffer(sum(extent.end - extent.start for extent in extents)) if reuse else None
         for shard, start, end in extents:
             try:
-                if buffer is not None and isinstance(store, FolderStore):
-                    mine, buffer = buffer[: end - start], buffer[end - start :]
-                    store.into(shard, start, mine)
-                    spans[shard] = start, mine
+                if isinstance(store, FolderStore):
+                    buffer = self._memory.empty(end - start, np.uint8).data
+                    store.into(shard, start, buffer)
+                    spans[shard] = start, buffer
                 else:
                     spans[shard] = start, memoryview(store.range(shard, start, end - start))
             except StoreError as error:
@@ -162,12 +164,6 @@ class Reader:
             self.ledger["bytes"] += sum(len(data) for _, data in spans.values())
             self.ledger["requests"] += len(extents)
         return spans
-
-    def _buffer(self, size: int) -> memoryview:
-        """This thread's own memory, which it keeps."""
-        if len(getattr(self._own, "buffer", b"")) < size:
-            self._own.buffer = bytearray(size)
-        return memoryview(self._own.buffer)[:size]
 
 
 @dataclass
@@ -266,10 +262,10 @@ def _cached(part: Part, reading: Reading) -> Store | Cache:
     return Cache(part.store, Path(reading.cache_dir), reading.cache_limit, part.identity["dataset"], part.sizes)
 
 
-def _decoder(part: Part, sensors: tuple[str, ...]) -> Callable[[Members], Sample]:
+def _decoder(part: Part, sensors: tuple[str, ...], memory: Memory) -> Callable[[Members], Sample]:
     """How the members of one sample become a sample."""
     if part.foreign is None:
-        return partial(decode, sensors=sensors)
+        return partial(decode, sensors=sensors, empty=memory.empty)
     from shards import foreign  # with GDAL, which our own shards do not need
 
     return partial(foreign.decode, parts=foreign.parts_of(part.foreign), sensors=sensors)

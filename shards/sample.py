@@ -11,9 +11,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -37,7 +38,10 @@ EXTENSIONS: Mapping[Encoding, str] = MappingProxyType(
     {"blosc2-zstd": "b2nd", "blosc2-lz4": "b2nd", "npy": "npy", "geotiff": "tif"}
 )
 
+UNIFORM = 512  # bytes of a frame at most, of an array that holds little but one value
+
 Buffer = bytes | memoryview
+Empty = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 # The header that NumPy 1 and 2 write for numbers in rows, format version 1.0.
 _NPY = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '([<|][a-z]\d+)', 'fortran_order': False, 'shape': \(([\d, ]*)\), \} *\n",
@@ -112,8 +116,13 @@ def encode_array(values: NDArray[Any], encoding: Encoding, meta: Mapping[str, An
     return bytes(array.to_cframe())
 
 
-def decode_array(data: Buffer, extension: str) -> NDArray[Any]:
+def decode_array(data: Buffer, extension: str, empty: Empty = np.empty) -> NDArray[Any]:
     """The array of a member whose name ends in `extension` (b2nd, npy or tif; the last always [C, H, W]).
+
+    Args:
+        data: the member; if it can be written to, an .npy array lies in it, otherwise the array is a copy.
+        extension: of its name.
+        empty: gives the memory of a b2nd array.
 
     Raises:
         ValueError: another extension, or bytes that are not such an array.
@@ -127,25 +136,38 @@ def decode_array(data: Buffer, extension: str) -> NDArray[Any]:
     if extension != "b2nd":
         raise ValueError(f"a member ending in .{extension}; arrays end in .b2nd, .npy or .tif")
     try:
-        return _from_b2nd(data)
+        return _copy(_uniform(bytes(data)), empty) if len(data) <= UNIFORM else _from_b2nd(data, empty)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"not a readable b2nd array ({len(data)} bytes): {error}") from None
 
 
 def _from_npy(data: Buffer) -> NDArray[Any]:
-    """The array, copied once, where NumPy's own reader copies twice and parses the header as Python."""
+    """The array, copied at most once, where NumPy's own reader copies twice and parses the header as Python."""
     if found := _NPY.match(data):
         kind, shape = found[1].decode(), tuple(int(size) for size in found[2].split(b",") if size.strip())
-        return np.frombuffer(data, kind, math.prod(shape), found.end()).reshape(shape).copy()
+        array = np.frombuffer(data, kind, math.prod(shape), found.end()).reshape(shape)
+        return array if array.flags.writeable else array.copy()
     return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
 
 
-def _from_b2nd(data: Buffer) -> NDArray[Any]:
+@lru_cache(32)
+def _uniform(data: bytes) -> NDArray[Any]:
+    """The array of a short frame, most often the validity of a tile without holes: the same bytes for every sample."""
+    return _from_b2nd(data, np.empty)
+
+
+def _copy(array: NDArray[Any], empty: Empty) -> NDArray[Any]:
+    out = empty(array.shape, array.dtype)
+    out[...] = array
+    return out
+
+
+def _from_b2nd(data: Buffer, empty: Empty) -> NDArray[Any]:
     frame = blosc2.ndarray_from_cframe(data)
     if frame.chunks != frame.shape or frame.blocks != (1,) * (frame.ndim - 2) + frame.shape[-2:]:
         return np.asarray(frame[:])
     # As `encode_array` writes them, the one chunk is the array; taken so, other threads run meanwhile.
-    out = np.empty(frame.shape, frame.dtype)
+    out = empty(frame.shape, frame.dtype)
     blosc2.decompress2(frame.schunk.get_chunk(0), dst=out)
     return out
 
@@ -175,8 +197,10 @@ def checksum(members: Mapping[str, Buffer]) -> int:
     return found
 
 
-def decode(members: Mapping[str, Buffer], sensors: tuple[str, ...] = ()) -> Sample:
+def decode(members: Mapping[str, Buffer], sensors: tuple[str, ...] = (), empty: Empty = np.empty) -> Sample:
     """The sample that `encode` made; with `sensors`, only these modalities are decoded.
+
+    `members` and `empty` as in `decode_array`.
 
     Raises:
         ValueError: no JSON member, a newer format, or a missing or unreadable array.
@@ -196,9 +220,11 @@ def decode(members: Mapping[str, Buffer], sensors: tuple[str, ...] = ()) -> Samp
     for name in sensors or found:
         time = datetime.fromisoformat(times[name]) if name in times else None
         tiles[name] = Tile(
-            decode_array(*arrays[name]), _plane(arrays[f"{name}.valid"]).astype(np.bool_, copy=False), time
+            decode_array(*arrays[name], empty),
+            _plane(arrays[f"{name}.valid"], empty).astype(np.bool_, copy=False),
+            time,
         )
-    label, instances = (_plane(arrays[n]) if n in arrays else None for n in ("label", "instances"))
+    label, instances = (_plane(arrays[n], empty) if n in arrays else None for n in ("label", "instances"))
     return Sample(facts.pop("key"), tiles, label, facts, instances)
 
 
@@ -208,7 +234,7 @@ def decode_webdataset(item: Mapping[str, Any]) -> Sample:
     return decode({f"{key}.{name}": data for name, data in item.items() if not name.startswith("__")})
 
 
-def _plane(member: tuple[Buffer, str]) -> NDArray[Any]:
+def _plane(member: tuple[Buffer, str], empty: Empty) -> NDArray[Any]:
     """An array [H, W]."""
-    array = decode_array(*member)
+    array = decode_array(*member, empty)
     return array.reshape(array.shape[-2:])

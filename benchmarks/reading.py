@@ -47,7 +47,7 @@ from benchmarks.timing import compare
 from shards.manifest import Selection
 from shards.sample import Encoding
 from shards.sample import decode as decode_members
-from shards.stream import Share
+from shards.stream import Share, Stream
 
 CHUNK = 1 << 20
 ENCODINGS: tuple[Encoding, ...] = ("npy", "blosc2-zstd")
@@ -79,7 +79,7 @@ def _compare_undecoded(folder: Path, selection: Selection, encoding: Encoding) -
     }
     readers: Functions = {"webdataset": lambda: weigh(undecoded(folder))}
     for threads in (1, 2):
-        readers[f"ours, shuffled, verified, threads={threads}"] = partial(_ours_undecoded, selection, threads)
+        readers[f"ours, shuffled, verified, threads={threads}"] = partial(_ours_undecoded, stream(selection, threads))
     size = sum(tar.stat().st_size for tar in tars)
     functions = same_work(floor, size) | same_work(readers, wanted)
     compare(f"Undecoded: {what(COUNT, encoding)}", functions)
@@ -132,9 +132,10 @@ def _compare_decoded(folder: Path, selection: Selection, encoding: Encoding) -> 
                 dataset = peer.open(folder / f"{peer.name}-arrays", _identity)
                 functions[f"{peer.name}, its own arrays"] = partial(_weigh_arrays, dataset)
     for threads in (1, 2):
+        made = stream(selection, threads)
         functions |= {
-            f"ours, shuffled, threads={threads}": partial(_ours, selection, threads),
-            f"ours, in manifest order, threads={threads}": partial(_ours_in_manifest_order, selection, threads),
+            f"ours, shuffled, threads={threads}": partial(_ours, made),
+            f"ours, in manifest order, threads={threads}": partial(_ours_in_manifest_order, made),
         }
     compare(f"Decoded: {what(COUNT, encoding)}", same_work(functions, _bare(held, 1)))
     _say_missing()
@@ -156,16 +157,16 @@ def _weigh_arrays(items: Iterable[dict[str, object]]) -> int:
     return sum(value.nbytes for item in items for value in item.values() if hasattr(value, "nbytes"))
 
 
-def _ours_undecoded(selection: Selection, threads: int) -> int:
-    return weigh(ours_undecoded(selection, threads))
+def _ours_undecoded(made: Stream) -> int:
+    return weigh(ours_undecoded(made))
 
 
-def _ours(selection: Selection, threads: int) -> int:
-    return weigh_samples(ours(selection, threads))
+def _ours(made: Stream) -> int:
+    return weigh_samples(ours(made))
 
 
-def _ours_in_manifest_order(selection: Selection, threads: int) -> int:
-    return weigh_samples(ours_in_manifest_order(selection, threads))
+def _ours_in_manifest_order(made: Stream) -> int:
+    return weigh_samples(ours_in_manifest_order(made))
 
 
 def _compare_batches(folder: Path, selection: Selection, encoding: Encoding, workers: int) -> None:
@@ -175,18 +176,18 @@ def _compare_batches(folder: Path, selection: Selection, encoding: Encoding, wor
         if installed(peer.name):
             loader = peer.load(peer.open(_folder(folder, peer), decode_tensors), workers)
             functions[f"{peer.name}, workers={workers}"] = partial(_weigh_arrays, loader)
-    functions[f"ours, threads={max(workers, 1)}"] = partial(_batches, selection, max(workers, 1))
+    functions[f"ours, threads={max(workers, 1)}"] = partial(_batches, stream(selection, max(workers, 1)))
     if workers:
         functions[f"ours in a DataLoader, workers={workers}"] = partial(_weigh_arrays, _loader(selection, workers))
     title = f"Batches of {BATCH} tensors, {workers} workers: {what(COUNT, encoding)}"
-    compare(title, same_work(functions, _ours(selection, 1)))
+    compare(title, same_work(functions, _ours(stream(selection, 1))))
     _say_missing()
 
 
-def _batches(selection: Selection, threads: int) -> int:
+def _batches(made: Stream) -> int:
     from torch.utils.data import default_collate
 
-    items = (tensors(sample) for sample in ours(selection, threads))
+    items = (tensors(sample) for sample in ours(made))
     return _weigh_arrays(default_collate(group) for group in iter(lambda: list(islice(items, BATCH)), []))
 
 

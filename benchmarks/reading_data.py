@@ -48,14 +48,18 @@ def tiles(places: int = 3) -> tuple[list[Sample], Contract]:
 
 
 def write_dataset(
-    folder: Path, made: tuple[list[Sample], Contract], encoding: Encoding, count: int = COUNT
+    folder: Path,
+    made: tuple[list[Sample], Contract],
+    encoding: Encoding,
+    count: int = COUNT,
+    per_shard: int = PER_SHARD,
 ) -> Selection:
     """`count` samples as a dataset of ours in `folder`."""
     samples, contract = made
     folder.mkdir(parents=True)
     store, tables, shards = open_store(folder), [], {}
-    for first in range(0, count, PER_SHARD):
-        numbers, name = range(first, min(first + PER_SHARD, count)), f"shard-{first // PER_SHARD:06d}"
+    for first in range(0, count, per_shard):
+        numbers, name = range(first, min(first + per_shard, count)), f"shard-{first // per_shard:06d}"
         named = (replace(samples[number % len(samples)], key=f"sample-{number:06d}") for number in numbers)
         record = write_shard(named, store, name, encoding)
         finish_shard(record, store, "benchmark", contract.sensors)
@@ -75,23 +79,23 @@ def members(folder: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def stream(selection: Selection, threads: int) -> Stream:
-    """Ours at the beginning of an epoch."""
+    """Ours at the beginning of an epoch; it keeps its memory from round to round, as it does in a run."""
     return Stream(selection, SEED, LANES, Share(1), reading=Reading(threads=threads))
 
 
-def ours(selection: Selection, threads: int) -> Iterator[Sample]:
+def ours(made: Stream) -> Iterator[Sample]:
     """An epoch of our stream in its own order, decoded and verified."""
-    return (sample for sample, _ in islice(iter(stream(selection, threads)), len(selection)))
+    return (sample for sample, _ in islice(iter(made), len(made.selection)))
 
 
-def ours_in_manifest_order(selection: Selection, threads: int) -> Iterator[Sample]:
+def ours_in_manifest_order(made: Stream) -> Iterator[Sample]:
     """An epoch of our stream in the order of the manifest, decoded and verified."""
-    return (sample for sample, _ in stream(selection, threads).once())
+    return (sample for sample, _ in made.once())
 
 
-def ours_undecoded(selection: Selection, threads: int) -> Iterator[Mapping[str, Buffer]]:
+def ours_undecoded(made: Stream) -> Iterator[Mapping[str, Buffer]]:
     """An epoch of our stream in its own order, verified."""
-    return (parts for parts, _ in islice(stream(selection, threads).members(), len(selection)))
+    return (parts for parts, _ in islice(made.members(), len(made.selection)))
 
 
 def weigh(items: Iterable[Mapping[str, Buffer]]) -> int:

@@ -42,8 +42,12 @@ class CMSS:
     """Complementary masking for self-supervised pretraining: what is hidden and how it is weighed."""
 
     ratio: float = Field(default=0.5, gt=0, lt=1, description="share of the blocks hidden in the first modality")
+    block: int = Field(default=32, ge=4, multiple_of=4, description="side of a block in pixels")
     strategy: Literal["complementary", "independent"] = Field(
         default="complementary", description="hide in one what the other shows, or each on its own"
+    )
+    target: Literal["contract", "block"] = Field(
+        default="contract", description="what is reconstructed: normalised images, or each block by its own mean and std"
     )
     weights: dict[str, float] = Field(default_factory=dict, description="weight of a modality's loss; 1 where absent")
 
@@ -58,6 +62,9 @@ class Optim:
     schedule: Literal["poly", "cosine"] = Field(default="poly", description="fall to 0 after warm-up (poly: power 0.9)")
     warmup_samples: int = Field(default=0, ge=0, description="samples over which the rate rises from 0")
     clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 = no clipping")
+    ema: float = Field(
+        default=0.0, ge=0, lt=1, description="decay per step of an average of the parameters, used later; 0 = none"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -94,8 +101,14 @@ class EngineConfig:
     """How DeepSpeed holds and computes the model."""
 
     zero: Literal[0, 1, 2, 3] = Field(default=1, description="ZeRO stage: what is partitioned over the ranks")
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="of matrix products; parameters and their moments are always fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="of matrix products; parameters and moments are always fp32 (fp16: CUDA only)"
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        default="none", description="what waits in the CPU's memory: moments (ZeRO 1 to 3), parameters too (ZeRO 3)"
+    )
+    recompute: bool = Field(
+        default=False, description="activation checkpointing: less memory for about a third more computation"
     )
     scan: Literal["reference", "torch", "cpp"] | None = Field(
         default=None, description="backend of the selective scan; null = the fastest that works here"
@@ -136,6 +149,16 @@ class Training:
     reading: Reading = Field(default_factory=Reading, description="threads, memory and cache of reading")
     checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints; the last is always saved")
     keep: int = Field(default=3, ge=1, description="newest checkpoints that are kept")
+    keep_every: int = Field(default=0, ge=0, description="checkpoints at multiples of this step are kept too; 0 = none")
+    keep_best: str = Field(
+        default="", description="metric whose best step is kept too, such as val/mIoU (lowest for loss...); empty = none"
+    )
+    store: str = Field(
+        default="", description="folder or s3:// prefix for checkpoints and what resuming needs; empty = run"
+    )
+    modality_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the samples of which one modality is hidden everywhere"
+    )
     normalise: Normalisation = Field(
         default="statistics",
         description="by statistics or by clip range (the paper's); a start keeps its own",

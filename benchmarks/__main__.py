@@ -11,7 +11,18 @@ from importlib import import_module
 
 from benchmarks.timing import machine
 
-NAMES = ("encoding", "reading", "registration", "resuming", "scan", "shuffling", "tiling", "training")
+NAMES = (
+    "encoding",
+    "engine",
+    "reading",
+    "registration",
+    "resuming",
+    "scaling",
+    "scan",
+    "shuffling",
+    "tiling",
+    "training",
+)
 ONLY_BY_NAME = ("corrections", "reading_s3", "uploading")
 
 

@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--on", choices=("here", "local", "slurm"), default="here", help="where to run [here]")
         stage.add_argument("--processes", type=int, default=2, help="ranks with --on local [2]")
         stage.add_argument("--slurm", default="slurm", metavar="CONFIG", help="config of --on slurm [preset slurm]")
+        if name != "evaluate":
+            described = "kill a short run beside this one, here or local, and prove that it goes on exactly"
+            stage.add_argument("--resume-check", action="store_true", help=described)
         stage.set_defaults(run=_stage, stage=name)
     _add_predict(commands)
     export = commands.add_parser("export", help="a run's newest checkpoint to a release folder")
@@ -285,6 +288,8 @@ def _stage(parsed: argparse.Namespace) -> int:
     import configs
 
     config = _load(parsed, parsed.stage)
+    if getattr(parsed, "resume_check", False):
+        return _resume_check(parsed, config)
     if parsed.dry_run:
         print(configs.dump(config))
     if parsed.on == "slurm":
@@ -299,6 +304,18 @@ def _stage(parsed: argparse.Namespace) -> int:
 
     print(Job(config)())
     return 0
+
+
+def _resume_check(parsed: argparse.Namespace, config: Any) -> int:
+    import configs
+    from launchers import resume_check
+
+    if parsed.on == "slurm":
+        raise configs.ConfigError("--on slurm given; --resume-check runs here, or with --on local --processes N")
+    if parsed.dry_run:
+        print(configs.dump(resume_check.experiment(config, "killed")))
+        return 0
+    return resume_check.check(config, parsed.processes if parsed.on == "local" else 1, parsed.config)
 
 
 def _on_slurm(parsed: argparse.Namespace, config: Any) -> int:

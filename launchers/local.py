@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -29,17 +29,19 @@ from pipeline.ranks import Ranks, child_environment
 from pipeline.signals import EXIT_STOPPED
 
 GRACE_S = 15.0
+POLL_S = 0.05
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 Ended = queue.SimpleQueue[tuple[int, int]]
 
 
-def run(config: Any, processes: int, log_dir: Path) -> int:
+def run(config: Any, processes: int, log_dir: Path, kill_when: Callable[[], bool] | None = None) -> int:
     """Runs a stage in several processes.
 
     Args:
         config: of the stage.
         processes: number of ranks.
         log_dir: gets the config and `rank-K.log`.
+        kill_when: asked many times a second; once it says True, all ranks are killed (KILL), as a lost machine would.
 
     Returns:
         0; EXIT_STOPPED when a signal came and all ranks saved; 128 + its number when they did not; otherwise
@@ -51,10 +53,10 @@ def run(config: Any, processes: int, log_dir: Path) -> int:
     log_dir.mkdir(parents=True, exist_ok=True)
     path = log_dir / "config.yaml"
     path.write_text(configs.dump(config), encoding="utf-8")
-    return launch(["launchers.job", str(path)], processes, log_dir)
+    return launch(["launchers.job", str(path)], processes, log_dir, kill_when)
 
 
-def launch(module: Sequence[str], processes: int, log_dir: Path) -> int:
+def launch(module: Sequence[str], processes: int, log_dir: Path, kill_when: Callable[[], bool] | None = None) -> int:
     """Runs `python -m MODULE ARGUMENTS --parent PID` in several processes; otherwise like `run`."""
     if processes < 1:
         raise ValueError(f"{processes} processes given; at least 1 is needed")
@@ -63,7 +65,7 @@ def launch(module: Sequence[str], processes: int, log_dir: Path) -> int:
     with _passing_signals_to(group):
         try:
             group.start(module, processes, log_dir)
-            group.wait()
+            group.wait(kill_when or (lambda: False))
         finally:
             group.kill()
     return group.exit_code()
@@ -128,13 +130,13 @@ class _Group:
             place = Ranks(rank, processes, rank, processes, port=port)
             self._ranks.append(_Rank(place, module, log_dir, self._ended))
 
-    def wait(self) -> None:
+    def wait(self, kill_when: Callable[[], bool]) -> None:
         """Waits until all ranks ended; the first that fails decides that the others end too."""
         while len(self._codes) < len(self._ranks):
             try:
-                number, code = self._ended.get(timeout=0.5)
+                number, code = self._ended.get(timeout=POLL_S)
             except queue.Empty:
-                if time.monotonic() > self._kill_at:
+                if time.monotonic() > self._kill_at or kill_when():
                     self.kill()
                 continue
             self._codes[number] = code

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.config import Training
+from pipeline.model import cmss
 from pipeline.model.keyed import hash64
 from shards.contract import ContractError
 from shards.order import Use
@@ -80,6 +81,14 @@ def _mapped(batch: Batch, change: Callable[[Tensor, int], Tensor]) -> Batch:
         valid={name: each(tensor) for name, tensor in batch.valid.items()},
         label=None if batch.label is None else each(batch.label),
     )
+
+
+def drop_modality(batch: Batch, seed: int, probability: float) -> dict[str, Tensor] | None:
+    """Which samples are to be seen without which modality, bool [B] by modality, keyed by (seed, position)."""
+    if not probability:
+        return None
+    there = {name: valid.flatten(1).any(1) for name, valid in batch.valid.items()}
+    return cmss.drop(there, batch.positions, seed, probability)
 
 
 def symmetry(image: Tensor, code: int) -> Tensor:

@@ -1,12 +1,14 @@
-"""Checkpoints: a folder that can rebuild a run, by parameter name, without pickle.
+"""Checkpoints: what can rebuild a run, by parameter name, without pickle, in a folder or on S3.
 
-    RUN/checkpoints/step-000123/model.safetensors        fp32 parameters by name
-                                optimizer.safetensors    NAME.exp_avg, NAME.exp_avg_sq
-                                state.json               everything else, and the sha256 of the two files above
-    RUN/latest                                           name of the newest checkpoint, for people and other programs
+    STORE/checkpoints/step-000123/model.safetensors        fp32 parameters by name
+                                  optimizer.safetensors    NAME.exp_avg, NAME.exp_avg_sq
+                                  average.safetensors      the parameters' moving average, where the run keeps one
+                                  state.json               everything else, and the sha256 of the files above
+    STORE/latest, STORE/best                               names of two checkpoints, for people and other programs
 
-A checkpoint is written into a temporary folder, flushed to disk, and renamed: a folder called `step-*` is whole or was
-damaged later, which the hashes find out. It does not depend on the ZeRO stage or the number of ranks that wrote it.
+state.json is put last and is what makes a checkpoint: whatever a killed writer leaves has none, and is not seen. Each
+file appears whole (in a folder: written aside, flushed to disk, renamed). What is damaged later, the hashes find out.
+It does not depend on the ZeRO stage or the number of ranks that wrote it.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,9 +35,12 @@ from pipeline.engine import State
 from pipeline.model.config import ModelConfig
 from pipeline.model.mcf_mamba import MCFMamba
 from shards.contract import Contract
+from shards.store import FolderStore, Store, StoreError, open_store
 
 FORMAT_VERSION = 1
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+MODEL, OPTIMIZER, AVERAGE, STATE = "model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"
+FOLDER = "checkpoints"
+LATEST, BEST = "latest", "best"
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +51,15 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and whose hashes were right.
+    """A checkpoint whose files have the right hashes, or its state.json alone.
 
     Attributes:
-        folder: where it lies.
+        address: of its folder, local or s3://.
         facts: state.json; of a release: its model, contract and hash only.
-        state: parameters, moments (empty for a release) and updates.
+        state: what the engine remembers; of a release parameters alone, and no tensors where none were asked for.
     """
 
-    folder: Path
+    address: str
     facts: Mapping[str, Any]
     state: State
 
@@ -72,105 +79,191 @@ class Checkpoint:
         return TypeAdapter(ModelConfig).validate_python(self.facts["model"])
 
     @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """What other stages use: the average where there is one, the last parameters otherwise."""
+        return self.state.average or self.state.parameters
+
+    @property
     def sha256(self) -> str:
-        """Hash of the parameters' file."""
-        return str(self.facts["files"][MODEL])
+        """Hash of the file that holds `parameters`."""
+        files = self.facts["files"]
+        return str(files.get(AVERAGE, files[MODEL]))
 
     def build(self, scan: str | None = None) -> MCFMamba:
-        """The model with these parameters, in evaluation mode."""
-        outputs = self.state.parameters["head.weight"].shape[0]
+        """The model with `parameters`, in evaluation mode."""
+        outputs = self.parameters["head.weight"].shape[0]
         model = MCFMamba(self.model_config, self.contract.channels, outputs, scan)
-        model.load_state_dict(dict(self.state.parameters))
+        model.load_state_dict(dict(self.parameters))
         return model.eval()
 
 
-def save(run: Path, state: State, facts: Mapping[str, Any], keep: int) -> Path:
-    """Write `RUN/checkpoints/step-STEP`, point `latest` to it and drop all but the newest `keep`.
+def save(store: Store, state: State, facts: Mapping[str, Any]) -> str:
+    """Write the checkpoint of step `facts["step"]` and point `latest` to it.
+
+    Returns:
+        Its name, `checkpoints/step-STEP`.
+
+    Raises:
+        StoreError: it cannot be written; the checkpoints before it are untouched.
+    """
+    name = _name(int(facts["step"]))
+    store.remove(f"{name}/{STATE}")  # of a damaged one, passed over at the start of this run
+    parts = {MODEL: state.parameters, OPTIMIZER: state.moments, AVERAGE: state.average}
+    files = {file: _write(store, f"{name}/{file}", tensors) for file, tensors in parts.items() if tensors}
+    record = {"format_version": FORMAT_VERSION, **facts, "updates": state.updates, "files": files}
+    store.put(f"{name}/{STATE}", json.dumps(record, indent=1).encode())
+    point(store, LATEST, int(facts["step"]))
+    return name
+
+
+def _name(step: int) -> str:
+    return f"{FOLDER}/step-{step:06d}"
+
+
+def _write(store: Store, name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Put a file of tensors; its sha256."""
+    with store.writing(name) as path:
+        try:
+            save_file({key: tensor.to(torch.float32).contiguous() for key, tensor in tensors.items()}, path)
+        except SafetensorError as error:  # how it tells of a full disk
+            raise StoreError(f"{store.url}/{name}: not written: {error}") from error
+        return sha256(path)
+
+
+def point(store: Store, pointer: str, step: int) -> None:
+    """Let `latest` or `best` name the checkpoint of a step."""
+    store.put(pointer, f"{Path(_name(step)).name}\n".encode())
+
+
+def prune(store: Store, newest: int, every: int = 0) -> None:
+    """Remove checkpoints but for the newest, the best and multiples of `every`; and what killed writers left."""
+    names = store.list(f"{FOLDER}/")
+    whole = _steps(names)
+    best = _pointed(store, BEST)
+    kept = {_name(step) for step in whole if step in whole[:newest] or step == best or (every and step % every == 0)}
+    # state.json first: half of a checkpoint is then none.
+    for name in sorted(names, key=lambda name: not name.endswith(STATE)):
+        if re.match(rf"{FOLDER}/step-\d+/", name) and name.rpartition("/")[0] not in kept:
+            store.remove(name)
+
+
+def _steps(names: list[str]) -> list[int]:
+    """Steps of the checkpoints among a store's names, newest first."""
+    found = (re.fullmatch(rf"{FOLDER}/step-(\d+)/{re.escape(STATE)}", name) for name in names)
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def _pointed(store: Store, pointer: str) -> int | None:
+    """The step that `latest` or `best` names; None where there is none."""
+    if not store.exists(pointer):
+        return None
+    match = re.fullmatch(r"step-(\d+)\n", store.get(pointer).decode("utf-8", "replace"))
+    return int(match[1]) if match else None
+
+
+def load(address: str | Path, tensors: bool = True) -> Checkpoint:
+    """Read one checkpoint folder and verify it.
 
     Args:
-        run: run folder.
-        state: from `Engine.gather`.
-        facts: for state.json; `step` is among them.
-        keep: how many checkpoints stay.
-    """
-    folder = run / "checkpoints" / f"step-{facts['step']:06d}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed while saving
-    temporary.mkdir(parents=True)
-    save_file(_contiguous(state.parameters), temporary / MODEL)
-    save_file(_contiguous(state.moments), temporary / OPTIMIZER)
-    files = {name: sha256(temporary / name) for name in (MODEL, OPTIMIZER)}
-    record = {"format_version": FORMAT_VERSION, **facts, "updates": state.updates, "files": files}
-    (temporary / STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        _flush(path)
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, passed over at the start of this run
-    temporary.rename(folder)
-    _flush(folder.parent)
-    write_text(run / "latest", folder.name + "\n")
-    for _, old in list(_numbered(run))[keep:]:
-        shutil.rmtree(old)
-    return folder
-
-
-def load(folder: Path) -> Checkpoint:
-    """Read one checkpoint folder and verify it.
+        address: of the folder, local or s3://.
+        tensors: whether to read more than state.json.
 
     Raises:
         CheckpointError: not a checkpoint, damaged, or written by a newer release.
+        StoreError: the store does not answer.
     """
+    store = open_store(address)
     try:
-        facts = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        facts = json.loads(store.get(STATE))
         version = facts["format_version"]
         if version > FORMAT_VERSION:
-            raise CheckpointError(f"{folder}: format_version {version}; this release reads up to {FORMAT_VERSION}")
-        for name, expected in facts["files"].items():
-            if sha256(folder / name) != expected:
-                raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the one in {STATE}")
-        state = State(load_file(folder / MODEL), load_file(folder / OPTIMIZER), facts["updates"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{address}: format_version {version}; this release reads up to {FORMAT_VERSION}")
+        parts = {name: _read(store, name, wanted) for name, wanted in facts["files"].items() if tensors}
+        state = State(parts.get(MODEL, {}), parts.get(OPTIMIZER, {}), facts["updates"], parts.get(AVERAGE, {}))
+    except (StoreError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{folder} is not a whole checkpoint: {type(error).__name__}: {error}") from None
-    return Checkpoint(folder, facts, state)
+        raise CheckpointError(f"{address} is not a whole checkpoint: {type(error).__name__}: {error}") from None
+    return Checkpoint(str(address), facts, state)
 
 
-def newest(run: Path) -> Checkpoint | None:
+def _read(store: Store, name: str, wanted: str) -> dict[str, Tensor]:
+    with _local(store, name) as path:
+        if sha256(path) != wanted:
+            raise CheckpointError(f"{store.url}/{name} is damaged: its sha256 is not the one in {STATE}")
+        return load_file(path)
+
+
+@contextmanager
+def _local(store: Store, name: str) -> Iterator[Path]:
+    """An object as a local file."""
+    with store.reading(name) as source:
+        if isinstance(store, FolderStore):
+            yield store.root / name
+            return
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            with path.open("wb") as file:
+                shutil.copyfileobj(source, file, 16 << 20)
+            yield path
+
+
+def newest(store: Store) -> Checkpoint | None:
     """The newest whole checkpoint of a run; damaged ones are named in the log and passed over. None: there is none.
 
     Raises:
         CheckpointError: checkpoints exist and none of them can be read.
     """
-    problems = []
-    for _, folder in _numbered(run):
+    problems, names = [], store.list(f"{FOLDER}/")
+    if names and not _steps(names):
+        log.warning("%s: only unfinished checkpoints, without %s, such as %s", store.url, STATE, names[0])
+    for step in _steps(names):
         try:
-            return load(folder)
+            return load(f"{store.url}/{_name(step)}")
         except CheckpointError as error:
             log.warning("%s; taking the checkpoint before it", error)
             problems.append(str(error))
     if problems:
         raise CheckpointError(
-            f"no checkpoint of {run} can be read: {'; '.join(problems)}. Remove {run / 'checkpoints'} to begin again"
+            f"no checkpoint of {store.url} can be read: {'; '.join(problems)}. "
+            f"Remove {store.url}/{FOLDER} to begin again"
         )
     return None
 
 
+def best(store: Store, metric: str) -> float | None:
+    """What the best checkpoint so far has for `metric`; None where there is none."""
+    step = _pointed(store, BEST)
+    if step is None or not store.exists(f"{_name(step)}/{STATE}"):
+        return None
+    value = load(f"{store.url}/{_name(step)}", tensors=False).facts.get("metrics", {}).get(metric)
+    return None if value is None else float(value)
+
+
 def find(where: str | Path) -> Checkpoint:
-    """A checkpoint from a run folder (its newest), a checkpoint folder or a release folder.
+    """The checkpoint at an address, local or s3://.
+
+    Args:
+        where: a run (its newest checkpoint is taken), RUN/latest or RUN/best, a checkpoint folder, or a local release.
 
     Raises:
         CheckpointError: it is none of these.
     """
-    folder = Path(where)
-    if (folder / STATE).is_file():
-        return load(folder)
-    if (folder / "checkpoints").is_dir() and (found := newest(folder)):
+    address = str(where).rstrip("/")
+    store = open_store(address)
+    if store.exists(STATE):
+        return load(address)
+    parent, _, pointer = address.rpartition("/")
+    if pointer in (LATEST, BEST) and (step := _pointed(open_store(parent or "."), pointer)) is not None:
+        return load(f"{parent or '.'}/{_name(step)}")
+    if found := newest(store):
         return found
-    if (folder / "config.json").is_file() and (folder / MODEL).is_file():
+    folder = Path(address)
+    if isinstance(store, FolderStore) and (folder / "config.json").is_file() and (folder / MODEL).is_file():
         return _from_release(folder)
     raise CheckpointError(
-        f"{where}: no checkpoint there; give a run folder (holding checkpoints/), a folder step-NNNNNN, or a release "
-        f"folder (holding {MODEL} and config.json)"
+        f"{where}: no checkpoint there; give a run folder (holding {FOLDER}/), RUN/{LATEST} or RUN/{BEST}, "
+        f"a folder step-NNNNNN, or a release folder (holding {MODEL} and config.json)"
     )
 
 
@@ -191,24 +284,4 @@ def _from_release(folder: Path) -> Checkpoint:
     model = MCFMamba.from_pretrained(folder)
     contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
     facts = {"model": asdict(model.config), "contract": contract, "files": {MODEL: sha256(folder / MODEL)}}
-    return Checkpoint(folder, facts, State(model.state_dict(), {}, 0))
-
-
-def _numbered(run: Path) -> Iterator[tuple[int, Path]]:
-    """(step, folder) of a run's checkpoints, newest first."""
-    folders = (run / "checkpoints").glob("step-*")
-    numbered = [(int(folder.name[5:]), folder) for folder in folders if folder.name[5:].isdigit()]
-    yield from sorted(numbered, reverse=True)
-
-
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
-
-
-def _flush(path: Path) -> None:
-    """Make a file's or folder's contents survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return Checkpoint(str(folder), facts, State(model.state_dict(), {}, 0))

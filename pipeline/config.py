@@ -6,6 +6,7 @@ Two rules span several fields and live here too: how a global batch is split, an
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -34,7 +35,35 @@ OWNED = {
     "fp16": "engine.precision",
     "torch_autocast": "engine.precision",
     "zero_optimization.stage": "engine.zero",
+    "zero_force_ds_cpu_optimizer": "engine.offload",
 }
+
+# Top-level keys of DeepSpeed 0.19's JSON that are not ours and mean something to a run of ours.
+DEEPSPEED = (
+    "activation_checkpointing",
+    "aio",
+    "comet",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "csv_monitor",
+    "data_types",
+    "disable_allgather",
+    "dump_state",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "graph_harvesting",
+    "memory_breakdown",
+    "prescale_gradients",
+    "sparse_gradients",
+    "steps_per_print",
+    "tensorboard",
+    "timers",
+    "wall_clock_breakdown",
+    "wandb",
+    "zero_allow_untested_optimizer",
+    "zero_optimization",
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -47,7 +76,8 @@ class CMSS:
         default="complementary", description="hide in one what the other shows, or each on its own"
     )
     target: Literal["contract", "block"] = Field(
-        default="contract", description="what is reconstructed: normalised images, or each block by its own mean and std"
+        default="contract",
+        description="what is reconstructed: the normalised image, or each block normalised by itself",
     )
     weights: dict[str, float] = Field(default_factory=dict, description="weight of a modality's loss; 1 where absent")
 
@@ -123,14 +153,26 @@ class EngineConfig:
         given = set(value) | ({f"zero_optimization.{key}" for key in zero} if isinstance(zero, Mapping) else set())
         if taken := sorted(given & set(OWNED)):
             raise ValueError("; ".join(f"{key} is decided by {OWNED[key]}" for key in taken))
+        if unknown := sorted(set(value) - set(DEEPSPEED)):
+            close = difflib.get_close_matches(unknown[0], DEEPSPEED, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it knows {', '.join(DEEPSPEED)}"
+            raise ValueError(f"{unknown[0]!r} is no key of DeepSpeed, which would pass over it in silence{hint}")
         return value
+
+    @model_validator(mode="after")
+    def _offload_is_possible(self) -> Any:
+        """Refuse to move what the ZeRO stage leaves in one piece."""
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero < least:
+            raise ValueError(f"offload={self.offload} needs zero={least} or more, zero={self.zero} given")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Training:
     """What pretraining and finetuning have in common."""
 
-    run: str = Field(description="run folder; an unfinished run of the same config goes on")
+    run: str = Field(description="local run folder; an unfinished run of the same config goes on")
     data: str | dict[str, PositiveInt] = Field(
         description="dataset: a folder that holds manifest.parquet, local or s3://; or {dataset: weight, ...} to mix"
     )
@@ -151,7 +193,8 @@ class Training:
     keep: int = Field(default=3, ge=1, description="newest checkpoints that are kept")
     keep_every: int = Field(default=0, ge=0, description="checkpoints at multiples of this step are kept too; 0 = none")
     keep_best: str = Field(
-        default="", description="metric whose best step is kept too, such as val/mIoU (lowest for loss...); empty = none"
+        default="",
+        description="metric whose best step is kept too, such as val/mIoU (of losses, the lowest); empty = none",
     )
     store: str = Field(
         default="", description="folder or s3:// prefix for checkpoints and what resuming needs; empty = run"
@@ -165,6 +208,14 @@ class Training:
     )
     augment: bool = Field(default=True, description="flips and quarter turns")
     crop: int | None = Field(default=None, ge=32, description="side of a crop taken of every sample; null = all of it")
+
+    @field_validator("run")
+    @classmethod
+    def _run_is_local(cls, value: str) -> str:
+        """Refuse an address for what is appended to at every step."""
+        if "://" in value:
+            raise ValueError(f"{value!r} is not a local folder; write run=FOLDER store={value}")
+        return value
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

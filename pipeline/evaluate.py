@@ -65,14 +65,14 @@ def fitting(checkpoint: Checkpoint, data: Contract) -> Contract:
     model = checkpoint.contract
     if model.classes is None or data.classes is None or model.classes.names != data.classes.names:
         names = [contract.classes.names if contract.classes else None for contract in (model, data)]
-        raise ContractError(f"classes: the checkpoint {checkpoint.folder} has {names[0]}, the data have {names[1]}")
+        raise ContractError(f"classes: the checkpoint {checkpoint.address} has {names[0]}, the data have {names[1]}")
     return adopt(model, data).restrict(data.sensors)
 
 
 def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where a number comes from: checkpoint, its hash, its seed and the data it was trained on; None of a release."""
     known = {f"checkpoint_{name}": checkpoint.facts.get(name) for name in ("step", "seed", "fingerprint")}
-    found = {"checkpoint": str(checkpoint.folder), "checkpoint_sha256": checkpoint.sha256}
+    found = {"checkpoint": str(checkpoint.address), "checkpoint_sha256": checkpoint.sha256}
     return {**found, **known, "version": code_version()}
 
 

@@ -50,7 +50,7 @@ def export(
         (folder / "eval" / f"{name}.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     if not _same_logits(model, MCFMamba.from_pretrained(folder)):
         shutil.rmtree(folder)
-        raise CheckpointError(f"{folder} gave other logits than {checkpoint.folder} and was removed")
+        raise CheckpointError(f"{folder} gave other logits than {checkpoint.address} and was removed")
     return folder
 
 
@@ -59,7 +59,7 @@ def _read_evaluation(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     if report["checkpoint_sha256"] != checkpoint.sha256:
         raise CheckpointError(
-            f"{folder} evaluated {report['checkpoint']}, not {checkpoint.folder}; evaluate this checkpoint first"
+            f"{folder} evaluated {report['checkpoint']}, not {checkpoint.address}; evaluate this checkpoint first"
         )
     return report
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs import ConfigError
-from pipeline.augment import augmentation
+from pipeline.augment import augmentation, drop_modality
 from pipeline.batch import Batch
 from pipeline.config import FinetuneConfig
 from pipeline.dataset import traffic, training_batches
 from pipeline.engine import Engine
-from pipeline.loop import Objective, train
+from pipeline.loop import Losses, Objective, train
 from pipeline.metrics import scores
 from pipeline.model.cmss import hidden_tokens
 from pipeline.model.keyed import hash64
@@ -57,7 +57,7 @@ def finetune(config: FinetuneConfig) -> Path:
     inputs = run.contract.restrict(selection.contract.sensors)
     batches = training_batches(stream, engine.micro_batch, inputs, augmentation(config))
     hooks = [validation(run, engine, config), traffic(stream)]
-    train(run, engine, objective(classes.ignore, config.seed), batches, start.step, hooks)
+    train(run, engine, objective(classes.ignore, config.seed, config.modality_dropout), batches, start.step, hooks)
     return run.folder
 
 
@@ -79,16 +79,17 @@ def labelled(config: FinetuneConfig) -> Selection:
     return everything.some(count, config.seed)
 
 
-def objective(ignore: int, seed: int) -> Objective:
+def objective(ignore: int, seed: int, modality_dropout: float = 0.0) -> Objective:
     """Cross entropy + Dice of a batch, per sample."""
 
-    def losses(model: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def losses(model: Callable[..., Tensor], batch: Batch) -> Losses:
         if batch.label is None:
             raise ConfigError(f"no label in some of {', '.join(batch.keys)}")
         keys = hash64(seed, batch.positions, int(Use.DROP_PATH))
-        logits = model(batch.values, hidden_tokens({}, batch.valid), keys)
+        dropped = drop_modality(batch, seed, modality_dropout)
+        logits = model(batch.values, hidden_tokens({}, batch.valid, dropped), keys)
         parts = {"ce": cross_entropy(logits, batch.label, ignore), "dice": dice(logits, batch.label, ignore)}
-        return parts["ce"] + parts["dice"], parts
+        return Losses(parts["ce"] + parts["dice"], parts)
 
     return losses
 

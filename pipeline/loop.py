@@ -10,26 +10,36 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline import checkpoint
 from pipeline.batch import Batch
 from pipeline.engine import Engine
 from pipeline.log import Journal
+from pipeline.model.keyed import hash64
 from pipeline.optim import learning_rate
 from pipeline.ranks import agree
-from pipeline.run import Run, facts
+from pipeline.run import Run
+from pipeline.saving import Saver
 from pipeline.signals import Stopped, StopRequest
+from shards.store import StoreError
 
-if TYPE_CHECKING:
-    from pipeline.model.mcf_mamba import MCFMamba
 
-# (model, batch) -> loss of every sample [B], and its named parts [B].
-Objective = Callable[[Callable[..., Tensor], Batch], tuple[Tensor, Mapping[str, Tensor]]]
+class Losses(NamedTuple):
+    """Of every sample of a batch: its loss [B], the named parts of it [B], and a hash int64 [B] of what was hidden."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor]
+    hidden: Tensor | None = None
+
+
+# (model, batch) -> losses.
+Objective = Callable[[Callable[..., Tensor], Batch], Losses]
 # Called by all ranks after a step with the number of steps done; what it returns joins the line of metrics.jsonl.
 Hook = Callable[[int], Mapping[str, Any]]
 
@@ -55,7 +65,7 @@ def train(
         Stopped: a signal asked for it; all ranks saved the same step.
         NonFiniteLoss: the loss became NaN or infinite.
     """
-    config = run.config
+    config, saver = run.config, Saver(run, engine)
     journal = Journal(run.folder, start, config.steps) if run.ranks.rank == 0 else None
     try:
         with StopRequest() as request:
@@ -64,23 +74,23 @@ def train(
                 for hook in hooks:
                     numbers |= hook(step + 1)
                 if journal:
-                    journal.write(numbers)
-                last, stop = step + 1 == config.steps, agree(request.requested)
-                if last or stop or (step + 1) % config.checkpoint_every == 0:
-                    save(run, engine, step + 1)
+                    journal.write(numbers | {"saving": saver.seconds})
+                saver.written()
+                last, stop, best = step + 1 == config.steps, agree(request.requested), saver.improves(numbers)
+                if last or stop or best or (step + 1) % config.checkpoint_every == 0:
+                    saver.save(step + 1, numbers, best)
                 if stop and not last:
-                    raise Stopped(f"stopped as asked after step {step + 1}; start the same command again to go on")
+                    break
+            saver.close()
+        if step + 1 < config.steps:
+            raise Stopped(f"stopped as asked after step {step + 1}; start the same command again to go on")
+    except BaseException:
+        with suppress(StoreError):  # what ended the run is told; the checkpoint under way may still be whole
+            saver.wait()
+        raise
     finally:
         if journal:
             journal.close()
-
-
-def save(run: Run, engine: Engine, step: int) -> None:
-    """Write a checkpoint. Collective; returns when it is on disk."""
-    state = engine.gather()
-    if state:
-        checkpoint.save(run.folder, state, facts(run, step, cast("MCFMamba", engine.module)), run.config.keep)
-    torch.distributed.barrier()
 
 
 def _step(run: Run, engine: Engine, objective: Objective, batches: Iterator[Batch], step: int) -> dict[str, Any]:
@@ -88,15 +98,17 @@ def _step(run: Run, engine: Engine, objective: Objective, batches: Iterator[Batc
     config, began, waited = run.config, time.monotonic(), 0.0
     sums: dict[str, Tensor] = {}
     keys: list[str] = []
+    digest = torch.zeros((), dtype=torch.int64)
     for _ in range(engine.accumulation):
         asked = time.monotonic()
         batch = next(batches)
         waited += time.monotonic() - asked
         batch = batch.to(engine.device)
-        losses, parts = objective(engine, batch)
-        engine.backward(losses.mean())
+        losses = objective(engine, batch)
+        engine.backward(losses.total.mean())
         keys += batch.keys
-        for name, values in {"loss": losses, **{f"loss/{name}": part for name, part in parts.items()}}.items():
+        digest += digest_of(batch, losses.hidden)
+        for name, values in {"loss": losses.total, **{f"loss/{k}": part for k, part in losses.parts.items()}}.items():
             sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
     means = _mean_over_ranks(sums, config.batch.global_batch)
     if not math.isfinite(means["loss"]):
@@ -115,9 +127,26 @@ def _step(run: Run, engine: Engine, objective: Objective, batches: Iterator[Batc
         **means,
         "lr": lr,
         "grad_norm": norm,
+        "digest": _over_ranks(digest),
         "samples_per_second": config.batch.global_batch / seconds,
         "data_wait": waited / seconds,
     }
+
+
+def digest_of(batch: Batch, hidden: Tensor | None) -> Tensor:
+    """A hash of which samples a batch holds, at which positions, and what of them was hidden: int64.
+
+    The sum over the samples, so that of a global batch it does not depend on how ranks and micro-batches share it.
+    """
+    names = torch.tensor([zlib.crc32(key.encode()) for key in batch.keys])  # [B]
+    return hash64(names, batch.positions.cpu(), 0 if hidden is None else hidden.cpu()).sum()
+
+
+def _over_ranks(digest: Tensor) -> str:
+    """The sum of all ranks' digests modulo 2^64, hexadecimal."""
+    total = digest.to("cuda") if torch.distributed.get_backend() == "nccl" else digest
+    torch.distributed.all_reduce(total)
+    return f"{int(total) % 2**64:016x}"
 
 
 def _mean_over_ranks(sums: Mapping[str, Tensor], count: int) -> dict[str, float]:

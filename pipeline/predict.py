@@ -57,7 +57,7 @@ def predict(config: PredictConfig) -> Path:
     """
     source = checkpoint.find(config.checkpoint)
     if source.contract.classes is None:
-        raise ContractError(f"{source.folder} has no classes: finetune it first")
+        raise ContractError(f"{source.address} has no classes: finetune it first")
     if not config.scene:
         raise ConfigError(f"scene: none given; the model takes {', '.join(source.contract.sensors)}")
     paths = {match(name, source.contract.sensors): path for name, path in config.scene.items()}

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs import ConfigError
-from pipeline.augment import augmentation
+from pipeline.augment import augmentation, drop_modality
 from pipeline.batch import Batch, collate
 from pipeline.config import PretrainConfig
 from pipeline.dataset import traffic, training_batches
 from pipeline.engine import Engine
 from pipeline.figures import Reconstruction, reconstructions
-from pipeline.loop import Hook, Objective, train
+from pipeline.loop import Hook, Losses, Objective, train
 from pipeline.model import cmss
 from pipeline.model.keyed import hash64
 from pipeline.ranks import from_environment, init
@@ -75,19 +75,29 @@ def objective(config: PretrainConfig, contract: Contract) -> Objective:
     if unknown := [name for name in weights if name not in contract.sensors]:
         raise ConfigError(f"cmss.weights: no modality {', '.join(unknown)}; there are {', '.join(contract.sensors)}")
 
-    def losses(model: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        blocks = hidden_blocks(config, batch)
+    def losses(model: Callable[..., Tensor], batch: Batch) -> Losses:
+        blocks, tokens = hidden(config, batch)
         keys = hash64(config.seed, batch.positions, int(Use.DROP_PATH))
-        recon = model(batch.values, cmss.hidden_tokens(blocks, batch.valid), keys)
-        return cmss.loss(recon, batch.values, blocks, batch.valid, weights, config.model.profile)
+        recon = model(batch.values, tokens, keys)
+        how = config.cmss
+        total, parts = cmss.loss(
+            recon, batch.values, blocks, batch.valid, weights, config.model.profile, target=how.target, block=how.block
+        )
+        return Losses(total, parts, cmss.digest(blocks))
 
     return losses
 
 
-def hidden_blocks(config: PretrainConfig, batch: Batch) -> dict[str, Tensor]:
-    """The blocks to hide, bool [B, Y, X] by modality; a function of the seed and the samples' positions."""
-    present = cmss.presence(batch.valid)
-    return cmss.hide(present, batch.positions, config.seed, config.cmss.ratio, config.cmss.strategy)
+def hidden(config: PretrainConfig, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The blocks to hide, bool [B, Y, X] by modality, and the tokens not to show, bool [B, h, w].
+
+    A function of the seed, the samples' positions and what of them is valid.
+    """
+    how = config.cmss
+    dropped = drop_modality(batch, config.seed, config.modality_dropout)
+    present = cmss.presence(batch.valid, how.block)
+    blocks = cmss.hide(present, batch.positions, config.seed, how.ratio, how.strategy, dropped)
+    return blocks, cmss.hidden_tokens(blocks, batch.valid, dropped, how.block)
 
 
 def pictures(run: Run, engine: Engine, config: PretrainConfig, stream: Stream) -> Hook:
@@ -115,9 +125,9 @@ def pictures(run: Run, engine: Engine, config: PretrainConfig, stream: Stream) -
 @torch.no_grad()
 def reconstruct(model: Callable[..., Tensor], config: PretrainConfig, batch: Batch) -> list[Reconstruction]:
     """What the model makes of every sample of a batch, with blocks hidden as in training."""
-    blocks = hidden_blocks(config, batch)
-    recon = model(batch.values, cmss.hidden_tokens(blocks, batch.valid)).float()
-    bands = [image.shape[1] for image in batch.values.values()]
+    blocks, tokens = hidden(config, batch)
+    recon = model(batch.values, tokens).float()
+    bands, cell = [image.shape[1] for image in batch.values.values()], config.cmss.block
     outputs = dict(zip(batch.values, torch.split_with_sizes(recon, bands, 1), strict=True))
 
     def sample(tensors: Mapping[str, Tensor], index: int) -> dict[str, NDArray[Any]]:
@@ -125,7 +135,12 @@ def reconstruct(model: Callable[..., Tensor], config: PretrainConfig, batch: Bat
 
     return [
         Reconstruction(
-            key, sample(batch.values, i), sample(batch.valid, i), sample(blocks, i), sample(outputs, i), cell=cmss.BLOCK
+            key,
+            sample(batch.values, i),
+            sample(batch.valid, i),
+            sample(blocks, i),
+            sample(outputs, i),
+            cell=cell,
         )
         for i, key in enumerate(batch.keys)
     ]

@@ -13,12 +13,14 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 if TYPE_CHECKING:
     import torch
 
 LOOPBACK = "127.0.0.1"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -246,3 +248,22 @@ def agree(flag: bool) -> bool:
     answer = torch.tensor(int(flag), device=on)
     distributed.all_reduce(answer, op=distributed.ReduceOp.MAX)
     return bool(answer.item())
+
+
+def share(value: T | None) -> T:
+    """Returns what rank 0 gives, on all ranks. Collective; for small values that pickle can carry."""
+    from torch import distributed
+
+    values = [value]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(values, 0)
+    return cast("T", values[0])
+
+
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor, which now holds what rank 0's holds. Collective."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.broadcast(tensor, 0)
+    return tensor

@@ -3,8 +3,11 @@
 The order of starting is one list, for pretraining and finetuning alike:
 
     1. the newest whole checkpoint of the run's own folder: the run goes on, moments and position included
-    2. the run, checkpoint or release that the config names (`start` or `checkpoint`): its parameters
+    2. the run, checkpoint or release that the config names (`start` or `checkpoint`): its parameters, averaged if it
+       kept an average; or a file of public weights, converted as `mcf convert` does it
     3. scratch: weights drawn from the seed
+
+Rank 0 reads the checkpoint and verifies it; the others read its state.json and are sent the rest.
 """
 
 from __future__ import annotations
@@ -23,15 +26,19 @@ from torch import Tensor, nn
 import configs
 from configs import ConfigError
 from pipeline import checkpoint
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import BEST, LATEST, Checkpoint, write_text
 from pipeline.config import Training
 from pipeline.engine import Engine, precision_line
+from pipeline.log import METRICS
+from pipeline.model.convert import convert
 from pipeline.model.mcf_mamba import MCFMamba
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, broadcast, share
 from shards.contract import Contract, ContractError, compare
 from shards.manifest import Selection, differences
+from shards.store import Store, open_store
 
 CONFIG = "config.yaml"
+CONVERTED = "start"  # below the run folder: public weights as a release
 # What may change between two parts of one run, because it does not change what is computed.
 FREE = (
     "run",
@@ -42,6 +49,9 @@ FREE = (
     "stream",
     "checkpoint_every",
     "keep",
+    "keep_every",
+    "keep_best",
+    "store",
     "pictures_every",
     "validate_every",
 )
@@ -68,6 +78,11 @@ class Run:
     fingerprint: str
     ranks: Ranks
     data: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def store(self) -> Store:
+        """Where checkpoints are kept: the run folder itself unless the config says otherwise."""
+        return store_of(self.config)
 
 
 @dataclass(frozen=True)
@@ -97,40 +112,76 @@ def open_run(config: Training, selection: Selection, ranks: Ranks, named: str | 
         CheckpointError: `named` is no checkpoint, or none of the run's own can be read.
         ContractError: the named checkpoint and the data mean different things.
     """
-    own = own_checkpoint(config, selection.fingerprint, ranks, selection.identity)
-    source = own or (checkpoint.find(named) if named else None)
     data = selection.contract
-    contract = adopt(source.contract, data) if source else data.normalised(config.normalise)
+    own = own_checkpoint(config, selection.fingerprint, ranks, selection.identity)
+    source = own or (named_checkpoint(named, config, data, ranks) if named else None)
+    # Public weights know nothing of units and scales.
+    known = own or (source if named and not is_public(named) else None)
+    contract = adopt(known.contract, data) if known else data.normalised(config.normalise)
     if ranks.rank == 0:
-        print(f"{config.run} starts from {source.folder if source else 'scratch'}", file=sys.stderr)
+        print(f"{config.run} starts from {source.address if source else 'scratch'}", file=sys.stderr)
     run = Run(Path(config.run), config, contract, selection.fingerprint, ranks, selection.identity)
     return run, Start(source, own is not None)
+
+
+def is_public(named: str) -> bool:
+    """Whether this is a file of public weights."""
+    return not named.startswith("s3://") and Path(named).is_file() and Path(named).name not in (LATEST, BEST)
+
+
+def named_checkpoint(named: str, config: Training, data: Contract, ranks: Ranks) -> Checkpoint:
+    """The checkpoint that the config names, tensors on rank 0 (of a release: everywhere). Collective.
+
+    Raises:
+        CheckpointError, ConvertError: none there, or none that can be used.
+    """
+    if is_public(named):
+        folder = Path(config.run) / CONVERTED
+        if ranks.rank == 0 and not folder.exists():
+            print(convert(named, folder, data.channels), file=sys.stderr)
+        return checkpoint.find(share(str(folder)))
+    return _everywhere(checkpoint.find(named) if ranks.rank == 0 else None)
+
+
+def _everywhere(found: Checkpoint | None) -> Checkpoint:
+    """What rank 0 has found, without tensors on the others. Collective."""
+    address, release = share((found.address, "step" not in found.facts) if found else ("", False))
+    return found or (checkpoint.find(address) if release else checkpoint.load(address, tensors=False))
+
+
+def store_of(config: Training) -> Store:
+    """Where a run's checkpoints are kept."""
+    return open_store(config.store or config.run)
 
 
 def own_checkpoint(
     config: Training, fingerprint: str, ranks: Ranks, data: Sequence[Mapping[str, Any]] = ()
 ) -> Checkpoint | None:
-    """The newest checkpoint of the run folder, None if there is none yet; writes config.yaml.
+    """The newest checkpoint of the run, None if there is none yet; writes config.yaml. Collective.
 
     Raises:
         ConfigError: the folder belongs to a run of another config or of other data.
     """
-    folder = Path(config.run)
-    if (folder / CONFIG).exists():
-        _check_same(folder, configs.load(folder / CONFIG), config)
-    found = checkpoint.newest(folder)
-    if found and found.facts["fingerprint"] != fingerprint:
-        what = "; ".join(differences(found.facts.get("data", data), data)) or "its shards are others"
-        _check_data(
-            config,
-            found,
-            f"{what}; fingerprint {found.facts['fingerprint'][:12]} until step {found.step}, "
-            f"{fingerprint[:12]} from then on",
-        )
+    found = None
     if ranks.rank == 0:
+        folder, store = Path(config.run), store_of(config)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(folder / CONFIG, configs.dump(config))
-    return found
+        for name in (CONFIG, METRICS):  # on another node than before, the folder may be new
+            if config.store and not (folder / name).exists() and store.exists(name):
+                (folder / name).write_bytes(store.get(name))
+        if (folder / CONFIG).exists():
+            _check_same(folder, configs.load(folder / CONFIG), config)
+        found = checkpoint.newest(store)
+        if found and found.facts["fingerprint"] != fingerprint:
+            what = "; ".join(differences(found.facts.get("data", data), data)) or "its shards are others"
+            _check_data(
+                config,
+                found,
+                f"{what}; fingerprint {found.facts['fingerprint'][:12]} until step {found.step}, "
+                f"{fingerprint[:12]} from then on",
+            )
+        write_text(folder / CONFIG, configs.dump(config))
+    return _everywhere(found) if share(found is not None) else None
 
 
 def _check_data(config: Training, found: Checkpoint, change: str) -> None:
@@ -197,11 +248,16 @@ def build_model(run: Run, start: Start, outputs: int, new: str = "") -> MCFMamba
     torch.manual_seed(run.config.seed)
     structure = source.model_config if source else run.config.model
     model = MCFMamba(structure, run.contract.channels, outputs, run.config.engine.scan)
-    if source:
-        parameters = source.state.parameters
+    if run.config.engine.recompute:
+        model.recompute()
+    if source and run.ranks.rank == 0:
+        # A run goes on from its last parameters; another begins with the average.
+        parameters = source.state.parameters if start.resumed else source.parameters
         if new and not start.resumed:
             parameters = {name: tensor for name, tensor in parameters.items() if not name.startswith(new)}
-        transfer(model, parameters, str(source.folder))
+        transfer(model, parameters, source.address)
+    for parameter in model.parameters():
+        broadcast(parameter.data)
     return model
 
 

@@ -163,6 +163,11 @@ class S3Store:
             return False
         return True
 
+    def remove(self, name: str) -> None:
+        """Delete the object, if it is there."""
+        with suppress(AbsentError):
+            self._ask("delete_object", name)
+
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 

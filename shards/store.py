@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -51,6 +52,9 @@ class Store(Protocol):
 
     def exists(self, name: str) -> bool:
         """Whether the object is there."""
+
+    def remove(self, name: str) -> None:
+        """Do away with the object, if it is there."""
 
 
 def told(retries: Counter[str]) -> str:
@@ -138,6 +142,7 @@ class FolderStore:
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
                 os.replace(temporary, path)
+                _flush(path.parent)
         except OSError as error:
             if isinstance(error, StoreError):
                 raise
@@ -153,6 +158,26 @@ class FolderStore:
     def exists(self, name: str) -> bool:
         """Whether the file is there."""
         return self._path(name).is_file()
+
+    def remove(self, name: str) -> None:
+        """Delete the file, if it is there, and the folders below the root that are empty then."""
+        path = self._path(name)
+        try:
+            path.unlink(missing_ok=True)
+            for folder in path.relative_to(self.root).parents[:-1]:
+                (self.root / folder).rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                raise StoreError(f"{self.url}/{name}: not removed: {error.strerror or error}") from error
+
+
+def _flush(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def whole(data: Data, where: str, start: int, length: int) -> Data:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import configs
@@ -19,6 +20,7 @@ from pipeline.model.config import ModelConfig
 from pipeline.ranks import Ranks
 from pipeline.run import adopt, own_checkpoint, transfer
 from shards.contract import ContractError
+from shards.store import FolderStore, StoreError
 from tests.small_dataset import CONTRACT
 from tests.training_scenarios import config
 
@@ -35,8 +37,15 @@ def state(value: float = 1.0) -> State:
     return State({"layer.weight": torch.full((2, 3), value).T.contiguous().T}, moments, updates=int(value))
 
 
-def save(run: Path, step: int, keep: int = 9) -> Path:
-    return checkpoint.save(run, state(step), {**FACTS, "step": step}, keep)
+def save(run: Path, step: int, keep: int = 9, **facts: Any) -> Path:
+    store = FolderStore(run)
+    name = checkpoint.save(store, state(step), {**FACTS, "step": step, **facts})
+    checkpoint.prune(store, keep)
+    return run / name
+
+
+def newest(run: Path) -> Any:
+    return checkpoint.newest(FolderStore(run))
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -60,7 +69,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
         save(tmp_path, step, keep=2)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-1000000", "step-100000"] or names == ["step-100000", "step-1000000"]
-    found = checkpoint.newest(tmp_path)
+    found = newest(tmp_path)
     assert found is not None and found.step == 1000000
 
 
@@ -74,7 +83,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_taken(
     content[-1] ^= 1
     damaged.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        found = checkpoint.newest(tmp_path)
+        found = newest(tmp_path)
     assert found is not None and found.step == 1
     assert f"{damaged} is damaged" in caplog.text
     # The run reaches the same step again and writes over the damaged one.
@@ -87,27 +96,80 @@ def test_a_missing_or_cut_file_is_no_checkpoint(tmp_path: Path, file: str) -> No
     (folder / file).write_bytes((folder / file).read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="damaged|not a whole checkpoint"):
         checkpoint.load(folder)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* Remove .* to begin again"):
+        newest(tmp_path)
     (folder / file).unlink()
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         checkpoint.load(folder)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of .* Remove .* to begin again"):
-        checkpoint.newest(tmp_path)
 
 
 def test_killed_while_saving_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
 
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
+    put = FolderStore.put
+
+    def killed(store: FolderStore, name: str, source: Any) -> None:
+        if name.endswith("step-000002/state.json"):
+            raise KeyboardInterrupt
+        put(store, name, source)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed)
+        patch.setattr(FolderStore, "put", killed)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2)
-    assert [path.name for path in tmp_path.glob("checkpoints/step-*")] == ["step-000001"]
+    assert (tmp_path / "checkpoints/step-000002/model.safetensors").exists()
+    assert newest(tmp_path).step == 1 and checkpoint.find(tmp_path).step == 1
     assert (tmp_path / "latest").read_text().strip() == "step-000001"
-    save(tmp_path, 2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    save(tmp_path, 3)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000003"]
+
+
+def test_nothing_but_an_unfinished_checkpoint_begins_again_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (save(tmp_path, 1) / "state.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert newest(tmp_path) is None
+    assert "without state.json" in caplog.text and "step-000001" in caplog.text
+
+
+def test_a_full_disk_is_told_and_the_checkpoint_before_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(StoreError, match=r"step-000002/model.safetensors: not written: .*No space left"):
+        save(tmp_path, 2)
+    assert newest(tmp_path).step == 1
+
+
+def test_the_newest_the_best_and_every_so_many_are_kept(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    for step in range(1, 11):
+        checkpoint.save(store, state(step), {**FACTS, "step": step, "metrics": {"loss": abs(step - 3)}})
+        if step == 3:
+            checkpoint.point(store, checkpoint.BEST, step)
+        checkpoint.prune(store, 2, every=5)
+    kept = [int(path.name[5:]) for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert kept == [3, 5, 9, 10]
+    assert checkpoint.best(store, "loss") == 0.0 and checkpoint.best(store, "val/mIoU") is None
+    assert checkpoint.find(tmp_path / "best").step == 3 and checkpoint.find(f"{tmp_path}/latest").step == 10
+
+
+def test_later_stages_take_the_average_and_a_resumed_run_its_own_parameters(tmp_path: Path) -> None:
+    average = {"layer.weight": torch.zeros(2, 3)}
+    folder = checkpoint.save(FolderStore(tmp_path), replace(state(2), average=average), {**FACTS, "step": 2})
+    found = checkpoint.find(tmp_path)
+    assert torch.equal(found.parameters["layer.weight"], average["layer.weight"])
+    assert torch.equal(found.state.parameters["layer.weight"], torch.full((2, 3), 2.0))
+    assert found.sha256 == checkpoint.sha256(tmp_path / folder / "average.safetensors")
+
+
+def test_state_json_alone_is_read_without_tensors(tmp_path: Path) -> None:
+    found = checkpoint.load(save(tmp_path, 4), tensors=False)
+    assert found.step == 4 and found.state.updates == 4 and not found.state.parameters
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:

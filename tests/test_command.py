@@ -133,6 +133,11 @@ def test_a_build_that_skipped_files_is_finished_named_and_not_called_a_success(t
         (["pretrain", "demo-shards"], "mcf: demo-shards: a config of stage 'shards'; this command runs 'pretrain'"),
         (["finetune", "nothing"], "mcf: nothing: neither a file nor a preset"),
         (["shards", "verify", "nowhere"], "mcf: nowhere: not a dataset"),
+        (
+            ["pretrain", "demo-pretrain", "--resume-check", "--on", "slurm"],
+            "mcf: --on slurm given; --resume-check runs",
+        ),
+        (["finetune", "demo-finetune", "steps=3", "--resume-check"], "mcf: steps: 3 given; --resume-check needs"),
         (["predict", "nowhere", "--scene", "s1", "--out", "m.tif"], "mcf: --scene 's1': write SENSOR=PATH"),
     ],
 )
@@ -153,6 +158,19 @@ def test_settings_may_stand_after_options(capsys: pytest.CaptureFixture[str]) ->
             command._parse(wrong)
         assert ended.value.code == 2
     assert "unrecognized arguments: split=train" in capsys.readouterr().err
+
+
+def test_a_resume_check_is_for_what_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for stage in ("pretrain", "finetune"):
+        assert command.main([stage, f"demo-{stage}", "run=mine", "--resume-check", "--dry-run"]) == 0
+        assert "run: mine-resume-check/killed\n" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit) as ended:
+        command.main(["evaluate", "evaluate", "--resume-check"])
+    assert ended.value.code == 2
 
 
 def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

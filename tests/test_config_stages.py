@@ -40,7 +40,7 @@ def test_overrides_reach_every_group() -> None:
         ("batch.micro_bach=2", ["batch.micro_bach: unknown key", "did you mean 'micro_batch'"]),
         ("model.sise=tiny", ["model.sise", "did you mean 'size'"]),
         ("engine.zero=4", ["engine.zero: 4 given", "0, 1, 2 or 3"]),
-        ("engine.precision=fp8", ["engine.precision: 'fp8' given", "'fp32' or 'bf16'"]),
+        ("engine.precision=fp8", ["engine.precision: 'fp8' given", "'fp32', 'bf16' or 'fp16'"]),
         ("engine.deepspeed.optimizer.type=Lion", ["engine.deepspeed", "optimizer is decided by optim"]),
         ("cmss.ratio=1", ["cmss.ratio: 1 given", "less than 1"]),
         ("model.dims=[8,16]", ["model", "4 stages, but dims has 2"]),

@@ -250,13 +250,24 @@ def test_damaged_files_are_named(name: str, content: bytes | None, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["v0", "s1l8"])
-def test_pretraining_starts_from_a_converted_backbone(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["release", "a.pth"])
+def test_pretraining_starts_from_a_backbone_converted_before_or_then(kind: str, start: str, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data")
     state = v0() if kind == "v0" else s1l8()
-    convert(write(tmp_path / "a.pth", state), tmp_path / "release", {"s1": 2, "dem": 1})
-    run = pretrain(config(tmp_path, "run", start=str(tmp_path / "release"), steps=1, normalise="range"))
-    found = checkpoint.find(run)
+    made = convert(write(tmp_path / "a.pth", state), tmp_path / "release", {"s1": 2, "dem": 1})
+    settings = config(tmp_path, "run", start=str(tmp_path / start), steps=1, normalise="range", optim={"lr": 1e-9})
+    found = checkpoint.find(pretrain(settings))
     assert found.model_config.vmamba == kind and found.contract.sensors == ("s1", "dem")
+    ours = found.state.parameters
+    assert all(torch.allclose(ours[name], tensor, atol=1e-7) for name, tensor in made.model.named_parameters())
+    again = pretrain(settings)  # finished: nothing is converted anew
+    assert checkpoint.find(again).sha256 == found.sha256
+
+
+def test_public_weights_bring_no_normalisation(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data")
+    settings = config(tmp_path, "run", start=str(write(tmp_path / "a.pth", s1l8())), steps=1, normalise="statistics")
+    assert checkpoint.find(pretrain(settings)).contract.modality("s1").offset == (-12.0, -14.0)
 
 
 def test_settings_of_the_command_line() -> None:

@@ -106,7 +106,7 @@ def test_all_but_the_head_is_loaded_and_said(folder: Path, pretrained: Path, cap
     before, after = checkpoint.find(pretrained), checkpoint.find(run)
     for name, tensor in after.state.parameters.items():
         if not name.startswith("head."):
-            assert torch.allclose(tensor, before.state.parameters[name], atol=1e-7), name
+            assert torch.allclose(tensor, before.parameters[name], atol=1e-7), name
     assert after.state.parameters["head.weight"].shape[0] == 3
     # The inputs stay as the pretrained network knew them, and the classes are those of the data.
     assert after.contract.modality("s1").offset == (-25.0, -25.0)
@@ -125,7 +125,7 @@ def test_the_modalities_are_those_of_the_config(folder: Path, pretrained: Path) 
     assert checkpoint.find(run).build().channels == {"dem": 1}
     # A start keeps all of its encoders; those without data go untrained.
     run = finetune(config(folder, "dem-of-both", checkpoint=str(pretrained), sensors=["dem"], steps=3))
-    before, after = checkpoint.find(pretrained).state.parameters, checkpoint.find(run).state.parameters
+    before, after = checkpoint.find(pretrained).parameters, checkpoint.find(run).state.parameters
 
     name = "patch_embed.proj.weight"
     assert not torch.equal(after[f"encoders.dem.{name}"], before[f"encoders.dem.{name}"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import configs
 from pipeline import log, loop
@@ -17,7 +17,7 @@ from pipeline.batch import Batch
 from pipeline.config import BatchSize, Training
 from pipeline.engine import Engine
 from pipeline.log import Journal
-from pipeline.loop import NonFiniteLoss, train
+from pipeline.loop import Losses, NonFiniteLoss, train
 from pipeline.model.config import ModelConfig
 from pipeline.ranks import Ranks, init
 from pipeline.run import Run
@@ -43,9 +43,9 @@ def batches(start: int = 0) -> Any:
         position += MICRO
 
 
-def objective(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def objective(model: Any, batch: Batch) -> Losses:
     squares = (model(batch.values["x"]) - 1).square().mean(1)
-    return squares * 2, {"a": squares, "b": squares}
+    return Losses(squares * 2, {"a": squares, "b": squares})
 
 
 def prepare(folder: Path, **changes: Any) -> tuple[Run, Engine]:
@@ -124,9 +124,9 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path, monkeypatch: 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_does_harm(tmp_path: Path) -> None:
     run, engine = prepare(tmp_path, checkpoint_every=1)
 
-    def broken(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        losses, parts = objective(model, batch)
-        return (losses * float("nan") if 9 in batch.positions else losses), parts
+    def broken(model: Any, batch: Batch) -> Losses:
+        losses = objective(model, batch)
+        return losses._replace(total=losses.total * float("nan")) if 9 in batch.positions else losses
 
     with pytest.raises(NonFiniteLoss, match=r"step 3: loss nan; on rank 0 the loss of s8, s9, s10, s11"):
         train(run, engine, broken, batches(), 0)

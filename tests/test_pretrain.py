@@ -14,7 +14,7 @@ from configs import ConfigError
 from pipeline import checkpoint, log
 from pipeline.batch import Batch, collate
 from pipeline.engine import Engine
-from pipeline.pretrain import hidden_blocks, objective, pretrain, reconstruct
+from pipeline.pretrain import hidden, objective, pretrain, reconstruct
 from pipeline.signals import Stopped
 from shards.stream import Stream
 from tests.small_dataset import CONTRACT, make_sample, one_thread, write_dataset  # noqa: F401
@@ -84,7 +84,7 @@ def test_start_takes_the_parameters_and_not_the_steps(folder: Path, trained: Pat
     lines = log.read(run)
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["loss"] < 0.7 * log.read(trained)[0]["loss"]
-    old, new = checkpoint.find(trained).state.parameters, checkpoint.find(run).state.parameters
+    old, new = checkpoint.find(trained).parameters, checkpoint.find(run).state.parameters
     assert all(torch.allclose(new[name], old[name], atol=1e-7) for name in old)
 
 
@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on_with_the_samples_it_would_have_had(folder: Path) -
     settings = config(folder, "killed", checkpoint_every=2)
     save = checkpoint.save
 
-    def shoot(*arguments: Any) -> Path:
+    def shoot(*arguments: Any) -> str:
         found = save(*arguments)
         os.kill(os.getpid(), signal.SIGTERM)
         return found
@@ -154,10 +154,10 @@ def test_the_scan_can_be_chosen_and_is_recorded(folder: Path, scan: str) -> None
 
 def test_masks_follow_seed_and_position_not_the_batch() -> None:
     settings, samples = config(Path(), "run", seed=5), batch()
-    whole = hidden_blocks(settings, samples)
-    alone = hidden_blocks(settings, collate([(make_sample(2, 96), 2)], CONTRACT))
+    whole, _ = hidden(settings, samples)
+    alone, _ = hidden(settings, collate([(make_sample(2, 96), 2)], CONTRACT))
     assert torch.equal(alone["s1"], whole["s1"][2:3])
-    other = hidden_blocks(replace(settings, seed=6), samples)
+    other, _ = hidden(replace(settings, seed=6), samples)
     assert not torch.equal(other["s1"], whole["s1"])
     assert torch.equal(whole["s1"], ~whole["dem"])  # two modalities, all present: complementary
 
@@ -168,8 +168,8 @@ class Perfect:
     def __init__(self, target: Batch, blocks: dict[str, torch.Tensor]) -> None:
         self.parts = []
         for name, image in target.values.items():
-            hidden = blocks[name].repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
-            self.parts.append(image + 5.0 * ~hidden)
+            where = blocks[name].repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
+            self.parts.append(image + 5.0 * ~where)
 
     def __call__(self, *_: Any) -> torch.Tensor:
         return torch.cat(self.parts, 1)
@@ -177,16 +177,16 @@ class Perfect:
 
 def test_only_what_was_hidden_is_scored() -> None:
     settings, samples = config(Path(), "run"), batch()
-    model = Perfect(samples, hidden_blocks(settings, samples))
-    losses, parts = objective(settings, CONTRACT)(model, samples)
+    model = Perfect(samples, hidden(settings, samples)[0])
+    losses, parts, _ = objective(settings, CONTRACT)(model, samples)
     assert losses.shape == (4,) and float(losses.abs().max()) < 1e-10 and set(parts) == {"s1", "dem"}
 
 
 def test_weights_scale_a_modality_and_unknown_ones_are_refused() -> None:
     samples = batch()
     model = lambda *_: torch.zeros(4, 3, 96, 96)  # noqa: E731
-    plain, parts = objective(config(Path(), "run"), CONTRACT)(model, samples)
-    weighted, _ = objective(config(Path(), "run", cmss={"weights": {"dem": 3.0}}), CONTRACT)(model, samples)
+    plain, parts, _ = objective(config(Path(), "run"), CONTRACT)(model, samples)
+    weighted = objective(config(Path(), "run", cmss={"weights": {"dem": 3.0}}), CONTRACT)(model, samples).total
     assert torch.allclose(weighted - plain, 2 * parts["dem"])
     with pytest.raises(ConfigError, match=r"no modality s2; there are s1, dem"):
         objective(config(Path(), "run", cmss={"weights": {"s2": 1.0}}), CONTRACT)
@@ -194,8 +194,8 @@ def test_weights_scale_a_modality_and_unknown_ones_are_refused() -> None:
 
 def test_reconstructions_are_cut_by_modality() -> None:
     settings, samples = config(Path(), "run"), batch()
-    found = reconstruct(Perfect(samples, hidden_blocks(settings, samples)), settings, samples)
+    found = reconstruct(Perfect(samples, hidden(settings, samples)[0]), settings, samples)
     assert [item.key for item in found] == samples.keys
     assert found[1].output["s1"].shape == (2, 96, 96) and found[1].output["dem"].shape == (1, 96, 96)
-    hidden = found[1].hidden["dem"].repeat(32, 0).repeat(32, 1)
-    assert (found[1].output["dem"][0] == found[1].values["dem"][0])[hidden].all()
+    where = found[1].hidden["dem"].repeat(32, 0).repeat(32, 1)
+    assert (found[1].output["dem"][0] == found[1].values["dem"][0])[where].all()

@@ -1,6 +1,7 @@
 """Short pretraining runs under one launch of several ranks; tests/test_engine.py starts it and compares the losses.
 
-`python -m tests.training_scenarios FOLDER` expects FOLDER/data; each run lands in FOLDER/NAME.
+`python -m tests.training_scenarios FOLDER` expects FOLDER/data; each run lands in FOLDER/NAME. With two ranks most of
+them are made, with four the rest.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import torch.distributed
 import configs
 from pipeline import loop
 from pipeline.pretrain import pretrain
+from pipeline.ranks import from_environment
 from pipeline.signals import Stopped
 
 STEPS, STOP, GLOBAL_BATCH = 5, 3, 4
+EMA = 0.9
 
 
 def config(folder: Path, run: str, **changes: Any) -> Any:
@@ -29,7 +32,8 @@ def config(folder: Path, run: str, **changes: Any) -> Any:
         "data": str(folder / "data"),
         "model": {"dims": [8, 16], "depths": [1, 1], "drop_path": 0.2},
         "batch": {"global_batch": GLOBAL_BATCH},
-        "optim": {"lr": 3e-3, "warmup_samples": 8},
+        "optim": {"lr": 3e-3, "warmup_samples": 8, "ema": EMA},
+        "modality_dropout": 0.3,
         "steps": STEPS,
         "checkpoint_every": 100,
     }
@@ -55,20 +59,32 @@ def copy(source: Path, target: Path) -> None:
     torch.distributed.barrier()
 
 
-def main(folder: Path) -> None:
-    """All runs with several ranks; their pictures would take longer than they do."""
-    mock.patch("pipeline.pretrain.pictures", lambda *_: lambda step: {}).start()
+def two(folder: Path) -> None:
+    """Runs of two ranks."""
     pretrain(config(folder, "whole"))
     pretrain(config(folder, "accumulated", batch={"global_batch": GLOBAL_BATCH, "micro_batch": 1}))
     for zero in (0, 2, 3):
-        pretrain(config(folder, f"zero{zero}", engine={"zero": zero}))
+        pretrain(config(folder, f"zero{zero}", engine={"zero": zero, "recompute": zero != 2}))
     stop_after(config(folder, "resumed"), STOP)
-    for name in ("zero0-from-1", "zero3-from-1", "alone-from-two"):
+    for name in ("zero0-from-1", "zero3-from-1", "alone-from-two", "four-from-two"):
         copy(folder / "resumed", folder / name)
     pretrain(config(folder, "resumed"))
     pretrain(config(folder, "zero0-from-1", engine={"zero": 0}))
+    stop_after(config(folder, "zero3-from-1", engine={"zero": 3}), 1)  # once more, so that ZeRO 3 writes one too
     pretrain(config(folder, "zero3-from-1", engine={"zero": 3}))
     pretrain(config(folder, "bf16", engine={"precision": "bf16"}))
+
+
+def four(folder: Path) -> None:
+    """Runs of four ranks."""
+    pretrain(config(folder, "four"))
+    pretrain(config(folder, "four-from-two", engine={"zero": 3}))
+
+
+def main(folder: Path) -> None:
+    """The runs for as many ranks as there are; their pictures would take longer than they do."""
+    mock.patch("pipeline.pretrain.pictures", lambda *_: lambda step: {}).start()
+    {2: two, 4: four}[from_environment().world](folder)
 
 
 if __name__ == "__main__":

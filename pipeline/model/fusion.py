@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.config import Profile
 from pipeline.model.precision import LayerNorm
@@ -70,9 +71,16 @@ class Fusion(nn.Module):
         self.branches = nn.ModuleDict({name: Branch(dim, states, scan) for name in names})
         self.norm = LayerNorm(EXPAND * dim)
         self.mix = Mix(dim, len(names), profile)
+        self.recompute = False
 
     def forward(self, maps: Mapping[str, Tensor]) -> Tensor:
-        """One map [B, h, w, C] per modality -> the fused map [B, h, w, C]."""
+        """One map [B, h, w, C] per modality -> the fused map [B, h, w, C]; `recompute` as in `VSSBlock`."""
+        if self.recompute and torch.is_grad_enabled():
+            kept: Tensor = checkpoint(self._fuse, maps, use_reentrant=False, preserve_rng_state=False)
+            return kept
+        return self._fuse(maps)
+
+    def _fuse(self, maps: Mapping[str, Tensor]) -> Tensor:
         scanned, gates = zip(*(branch(maps[name]) for name, branch in self.branches.items()), strict=True)
         y = self.norm(sum(scanned[1:], scanned[0]))  # [B, h, w, D]
         fused: Tensor = self.mix([y.to(gate.dtype) * gate for gate in gates])

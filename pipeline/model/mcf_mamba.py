@@ -19,7 +19,7 @@ from pipeline.model.decoder import Decoder
 from pipeline.model.encoder import PATCH, Encoder
 from pipeline.model.fusion import Fusion
 from pipeline.model.scan import check_name, resolve
-from pipeline.model.ss2d import DropPath, StateSpace
+from pipeline.model.ss2d import DropPath, StateSpace, VSSBlock
 
 
 class MCFMamba(nn.Module):
@@ -51,6 +51,12 @@ class MCFMamba(nn.Module):
         self.head = nn.Conv2d(config.stage_dims[0], outputs, 1, bias=False)
         for layer, drop_path in enumerate(module for module in self.modules() if isinstance(module, DropPath)):
             drop_path.layer = layer
+
+    def recompute(self) -> None:
+        """Keep only what lies between blocks and fusions for the backward (Chen et al. 2016, arXiv 1604.06174)."""
+        for module in self.modules():
+            if isinstance(module, VSSBlock | Fusion):
+                module.recompute = True
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, scan: str | None = None) -> MCFMamba:

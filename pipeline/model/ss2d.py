@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.keyed import uniform
 from pipeline.model.precision import KeepPrecision, LayerNorm
@@ -175,8 +176,20 @@ class VSSBlock(nn.Module):
         self.mlp = MLP(dim) if mlp else None
         self.drop_path2 = DropPath(drop_path) if mlp else None
 
+        self.recompute = False
+
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Map [B, H, W, C] to [B, H, W, C], with keys int64 [B] for stochastic depth."""
+        """Map [B, H, W, C] to [B, H, W, C], with keys int64 [B] for stochastic depth.
+
+        With `recompute` nothing inside is kept for the backward, which computes it again.
+        """
+        if self.recompute and torch.is_grad_enabled():
+            # Randomness is keyed, so there is no generator whose state would have to be restored.
+            kept: Tensor = checkpoint(self._residuals, x, keys, use_reentrant=False, preserve_rng_state=False)
+            return kept
+        return self._residuals(x, keys)
+
+    def _residuals(self, x: Tensor, keys: Tensor | None) -> Tensor:
         x = x + self.drop_path(self.ss2d(self.norm(x)), keys)
         if self.norm2 is not None and self.mlp is not None and self.drop_path2 is not None:
             x = x + self.drop_path2(self.mlp(self.norm2(x)), keys)

@@ -1,0 +1,93 @@
+"""Saving a run: gathered between two steps, written behind the next ones, and old checkpoints removed.
+
+All ranks gather, which ends when rank 0 has a copy in its memory. A thread of rank 0 then writes it, with the config
+and metrics.jsonl where the run's store is elsewhere; the next save waits for it. What fails there is raised at the next
+step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from pipeline import checkpoint
+from pipeline.engine import Engine, State
+from pipeline.log import METRICS
+from pipeline.ranks import share
+from pipeline.run import CONFIG, Run, facts
+
+if TYPE_CHECKING:
+    from pipeline.model.mcf_mamba import MCFMamba
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes a run's checkpoints. `seconds` counts how long training was held up, all in all."""
+
+    def __init__(self, run: Run, engine: Engine) -> None:
+        """Collective."""
+        self.run, self.engine, self.seconds = run, engine, 0.0
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        metric = run.config.keep_best
+        self._best = share(checkpoint.best(run.store, metric) if metric and run.ranks.rank == 0 else None)
+
+    def improves(self, numbers: Mapping[str, Any]) -> bool:
+        """Whether the step's numbers are the best so far by the metric of the config, and so are to be saved."""
+        value = numbers.get(self.run.config.keep_best)
+        if value is None:
+            return False
+        lower = self.run.config.keep_best.startswith("loss")
+        if self._best is not None and (value >= self._best if lower else value <= self._best):
+            return False
+        self._best = float(value)
+        return True
+
+    def save(self, step: int, numbers: Mapping[str, Any], best: bool) -> None:
+        """Save the state after `step`; returns when it may change again. Collective."""
+        began = time.monotonic()
+        self.wait()
+        state = self.engine.gather()
+        if state:
+            record = facts(self.run, step, cast("MCFMamba", self.engine.module)) | {"metrics": dict(numbers)}
+            self._writing = self._pool.submit(self._write, state, record, best)
+        self.seconds += time.monotonic() - began
+
+    def written(self) -> bool:
+        """Whether nothing is being written now; what a write has failed with is raised."""
+        if self._writing and self._writing.done():
+            self.wait()
+        return self._writing is None
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is written."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait, on all ranks, until rank 0 has written. Collective."""
+        began = time.monotonic()
+        self.wait()
+        self._pool.shutdown()
+        torch.distributed.barrier()
+        self.seconds += time.monotonic() - began
+        metric = self.run.config.keep_best
+        if metric and self._best is None and self.run.ranks.rank == 0:
+            log.warning("keep_best: no step of this run had the metric %r", metric)
+
+    def _write(self, state: State, record: Mapping[str, Any], best: bool) -> None:
+        config, store = self.run.config, self.run.store
+        if config.store:
+            for name in (CONFIG, METRICS):
+                store.put(name, (self.run.folder / name).read_bytes())
+        checkpoint.save(store, state, record)
+        if best:
+            checkpoint.point(store, checkpoint.BEST, record["step"])
+        checkpoint.prune(store, config.keep, config.keep_every)

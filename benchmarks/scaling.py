@@ -1,8 +1,7 @@
 """How far pretraining scales, on paper: arithmetic alone, nothing is timed. Prints the tables of docs/scaling.md.
 
-Counted from the model itself: parameters, matrix products, elements of the scans, operations. What a rank holds and
-sends is what the source of DeepSpeed 0.19.8 says and two processes did (docs/scaling.md). The rest is assumed and
-stands in the first table.
+Parameters, products, scans and operations are counted from the model. What a rank holds and sends is what the source of
+DeepSpeed 0.19.8 says and two processes did (docs/scaling.md). The rest is assumed and stands in the first table.
 
 Letters: n ranks, P bytes of all parameters in fp32, f = (n - 1) / n. Bytes and seconds unless a name says otherwise;
 MB is 10^6 bytes. The speed of a link is per direction.
@@ -28,8 +27,7 @@ from shards.order import BLOCK, LANES
 SIZES: tuple[Size, ...] = get_args(Size)[1:]  # without nano
 CHANNELS = {"s2-l2a": 12, "s1": 2}
 PIXELS, BATCH, NODE = 256, 32, 8  # side of a sample, samples per GPU, GPUs per node
-RANKS = (8, 64, 1024)
-FLOAT, HALF = 4, 2  # bytes
+RANKS, FLOAT, HALF = (8, 64, 1024), 4, 2  # the last two in bytes
 STEPS, GLOBAL_BATCH, WARMUP, EVERY = 100_000, 512, 512_000, 1000  # of the presets; EVERY steps a checkpoint
 
 # One H200, and what is around it.
@@ -37,9 +35,8 @@ PEAK, PRODUCTS, PRODUCTS_REACHED = 989e12, 790e12, 0.4  # bf16 FLOP/s: data shee
 MEMORY, EXPONENTIALS = 4.3e12, 132 * 16 * 1.65e9  # a second: 4.8e12 bytes on the data sheet; units x a cycle x cycles
 EXP, MOVED = 2, 36 * HALF  # in a whole step, of an element of a scan; bytes, of a token and inner channel
 LAUNCH, HOOKS, PASSES = 10e-6, 0.5e-3, 3  # an operation; ZeRO 3 around a module; a step is so many forwards
-GOAL = 1.3  # times the sum of products, moving and exponentials
 NVLINK, NETWORK, REACHED = 450e9, 50e9, 0.7  # a GPU; an adapter of 400 Gb/s; the share of both that is reached
-LATENCY, TO_GPU, DISK = 10e-6, 50e9, 1e9  # of a collective, times log2 of the ranks; to GPU and disk
+LATENCY, TO_GPU, DISK, GOAL = 10e-6, 50e9, 1e9, 1.3  # of a collective, times log2(n); the goal, times the three's sum
 
 # Numbers of DeepSpeed's defaults, and a bucket that is full long before the backward ends.
 PERSISTENT, WHOLE_BUCKET, PREFETCH, SMALL_BUCKET = 100_000, 500_000_000, 50_000_000, 10_000_000
@@ -264,17 +261,16 @@ def _assumed() -> Table:
         ("NVLink, inside a node of 8 GPUs", f"{NVLINK / 1e9:.0f} GB/s x {REACHED}", "data sheet; the share a guess"),
         ("adapter of 400 Gb/s", f"{NETWORK / 1e9:.0f} GB/s x {REACHED}", "one a GPU, or one a node"),
         ("latency of a collective", f"{LATENCY * 1e6:.0f} us x log2(ranks)", "guess"),
+        ("activations of a sample, tiny, fp32", "1.2 GiB", "docs/benchmarks.md: 6.18 - 2.57 GiB for 3 more"),
         ("from the CPU's memory to the GPU", f"{TO_GPU / 1e9:.0f} GB/s", "PCIe 5 x16, pinned"),
         ("a sample in a shard", f"{SAMPLE / 1e6:.2f} MB", f"{STORED} of npy; docs/benchmarks.md: 0.35 to 0.56"),
         ("reading, checking, decoding", f"{DECODED:.0f} samples/s a core", "docs/benchmarks.md: 256 in 536 ms"),
     ]
-    return "What is assumed", ("", "value", "from"), rows
+    return "Assumptions", ("", "value", "from"), rows
 
 
 def _models(models: list[Counted]) -> Table:
-    def tera(model: Counted, passes: int) -> str:
-        return f"{passes * model.flops * BATCH / 1e12:.2f}"
-
+    t = BATCH / 1e12
     rows = [
         ("parameters, millions", *(f"{m.parameters / 1e6:.1f}" for m in models)),
         ("parameters, tensors", *(f"{len(m.tensors):,}" for m in models)),
@@ -283,7 +279,7 @@ def _models(models: list[Counted]) -> Table:
         ("elements of scans, millions forward", *(f"{m.elements / 1e6:,.0f}" for m in models)),
         ("steps of scans, one after the other, forward", *(f"{m.walked:,}" for m in models)),
         ("operations of torch, forward; modules", *(f"{m.operations:,}; {m.modules}" for m in models)),
-        (f"step of {BATCH}, TFLOP: 3 x forward, 4 x with recompute", *(f"{tera(m, 3)}, {tera(m, 4)}" for m in models)),
+        (f"step of {BATCH}, TFLOP; with recompute", *(f"{3 * t * m.flops:.2f}; {4 * t * m.flops:.2f}" for m in models)),
     ]
     return f"Counted: one sample of 12 + 2 bands, {PIXELS} x {PIXELS}", ("", *SIZES), rows
 
@@ -292,8 +288,8 @@ def _one_gpu(models: list[Counted]) -> Table:
     needed, copied = [parts(m) for m in models], FLOAT * sum(CHANNELS.values()) * PIXELS**2 * BATCH
     total = [sum(each.values()) for each in needed]
     rows = [(f"{name}, ms", *(f"{each[name] * 1e3:.1f}" for each in needed)) for name in needed[0]]
-    rows.append(("launching, ms", *(f"{launching(m, 0) * 1e3:.1f}" for m in models)))
-    rows.append(("launching under ZeRO 3, ms", *(f"{launching(m, 3) * 1e3:.1f}" for m in models)))
+    asked = [f"{launching(m, 0) * 1e3:.1f}; {launching(m, 3) * 1e3:.0f}" for m in models]
+    rows.append(("launching; under ZeRO 3, ms", *asked))
     rows.append((f"copying {copied / 1e6:.0f} MB to the GPU, ms", *[f"{copied / TO_GPU * 1e3:.1f}"] * len(models)))
     ends = {"overlapped": [max(each.values()) for each in needed], "one after the other": total}
     for name, seconds in (ends | {"goal": [GOAL * each for each in total]}).items():
@@ -400,4 +396,4 @@ def _saved(models: list[Counted]) -> Table:
         sizes = f"{P / 1e9:.2f}", f"{2 * P / 1e9:.2f}", f"{3 * P / DISK:.1f}", f"{EVERY * computing(m):.0f}"
         rows.append((m.size, *sizes, *(f"{seconds:.2f}" for seconds in gathered)))
     head = ("", "model, GB", "moments, GB", "written at 1 GB/s, s", f"{EVERY:,} steps, s")
-    return "Checkpoints", (*head, *(f"gathered, {n:,} ranks, s" for n in RANKS)), rows
+    return "Checkpoints of a run", (*head, *(f"gathered, {n:,} ranks, s" for n in RANKS)), rows

@@ -21,7 +21,6 @@ from shards import order
 ratios = st.sampled_from([1e-6, 0.1, 0.3, 0.5, 0.6, 0.75, 0.9, 1 - 1e-6])
 sides = st.sampled_from([4, 8, 32])  # of a block
 sizes = st.integers(4, 70)  # of an image
-strategies = st.sampled_from(["complementary", "independent"])
 both_targets = pytest.mark.parametrize("target", ["contract", "block"])
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 modalities = st.integers(1, 5)
@@ -107,7 +106,7 @@ def test_a_dropped_modality(count: int, height: int, width: int, block: int, rat
 
 
 @settings(max_examples=40, deadline=None)
-@given(count=st.integers(2, 4), ratio=ratios, seed=seeds, strategy=strategies)
+@given(count=st.integers(2, 4), ratio=ratios, seed=seeds, strategy=st.sampled_from(["complementary", "independent"]))
 def test_the_rest_is_as_if_it_were_not_there(count: int, ratio: float, seed: int, strategy: cmss.Strategy) -> None:
     present = some_presence(count, seed)
     lost = torch.tensor([True, False, False])
@@ -130,9 +129,8 @@ def test_how_often_a_modality_is_dropped(there: str, probability: float) -> None
     exactly = probability if len(there) >= 2 else 0.0
     fair = [exactly / len(there) if name in there else 0.0 for name in "abc"]
     assert dropped.mean(1).tolist() == pytest.approx(fair, abs=0.015), "each as likely"
-    assert float(dropped.sum(0).max()) <= 1 and float(dropped.sum(0).mean()) == pytest.approx(
-        exactly, abs=0.01 if 0 < exactly < 1 else 0
-    )
+    number, slack = dropped.sum(0), 0.01 if 0 < exactly < 1 else 0
+    assert float(number.max()) <= 1 and float(number.mean()) == pytest.approx(exactly, abs=slack)
 
 
 @devices
@@ -331,7 +329,7 @@ def test_targets_of_blocks(height: int, width: int, block: int, seed: int, profi
     counted = valid | (profile == "paper")
     wanted = cmss.targets({"a": image}, {"a": valid}, "block", block, profile)["a"]
     np.testing.assert_allclose(wanted, targets_by_hand(image, counted, block), rtol=1e-4, atol=1e-4)
-    assert torch.equal(cmss.targets({"a": image}, {"a": valid}, "contract", block, profile)["a"], image)
+    torch.testing.assert_close(cmss.targets({"a": image.bfloat16()}, {"a": valid})["a"], image, rtol=0, atol=0)
     blocks = torch.rand(3, -(-height // block), -(-width // block), generator=g) < 0.5
     loss, _ = cmss.loss(recon, {"a": image}, {"a": blocks}, {"a": valid}, None, profile, "block", block)
     expected = loss_by_hand(recon, wanted, blocks, counted, block, height * width if profile == "paper" else None)

@@ -36,6 +36,7 @@ from pipeline.evaluate import evaluate
 from pipeline.finetune import finetune
 from pipeline.model import MCFMamba, cmss
 from pipeline.model.cmss import hidden_tokens, hide, loss, presence  # as they are, whatever an arm patches
+from pipeline.model.encoder import Hide
 from pipeline.model.fusion import Mix
 from pipeline.model.ss2d import StateSpace
 from pipeline.pretrain import pretrain
@@ -93,14 +94,23 @@ def blind() -> Iterator[None]:
     def everywhere(valid: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: torch.ones_like(mask) for name, mask in valid.items()}
 
-    def blind_tokens(blocks: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return hidden_tokens(blocks, everywhere(valid))
+    def blind_tokens(blocks: Mapping[str, Tensor], valid: Mapping[str, Tensor], *how: Any) -> dict[str, Tensor]:
+        return hidden_tokens(blocks, everywhere(valid), *how)
 
     with ExitStack() as stack:
         for owner in ("pipeline.model.cmss", "pipeline.finetune", "pipeline.scoring"):
             stack.enter_context(mock.patch(f"{owner}.hidden_tokens", blind_tokens))
-        stack.enter_context(mock.patch.object(cmss, "presence", lambda valid: presence(everywhere(valid))))
-        stack.enter_context(mock.patch.object(cmss, "loss", lambda *given: loss(*given[:5], profile="paper")))
+        stack.enter_context(mock.patch.object(cmss, "presence", lambda valid, *how: presence(everywhere(valid), *how)))
+        paper = lambda *given, **how: loss(*given[:5], profile="paper", **how)  # noqa: E731
+        stack.enter_context(mock.patch.object(cmss, "loss", paper))
+        yield
+
+
+@contextmanager
+def zeroed() -> Iterator[None]:
+    """(e) off: hidden tokens are zeros instead of a learned vector."""
+    zeros = lambda self, tokens, hidden: tokens if hidden is None else tokens.masked_fill(hidden[..., None], 0)  # noqa: E731
+    with mock.patch.object(Hide, "forward", zeros):
         yield
 
 
@@ -117,6 +127,7 @@ ARMS: dict[str, Arm] = {
     "b-decay": decayed,
     "c-bf16": rounded,
     "d-blind": blind,
+    "e-zeros": zeroed,
 }
 TITLES = {
     "default": "nothing",
@@ -125,6 +136,7 @@ TITLES = {
     "b-decay": "(b) weight decay on everything",
     "c-bf16": "(c) A_log, D, dt bias in bf16",
     "d-blind": "(d) validity ignored, mean over all pixels",
+    "e-zeros": "(e) hidden tokens are zeros",
 }
 
 

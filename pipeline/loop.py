@@ -45,7 +45,7 @@ Hook = Callable[[int], Mapping[str, Any]]
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss of a step is not a finite number; the last checkpoint is untouched."""
+    """The loss of a step, or the norm of its gradient, is not a finite number; the last checkpoint is untouched."""
 
 
 def train(
@@ -119,6 +119,11 @@ def _step(run: Run, engine: Engine, objective: Objective, batches: Iterator[Batc
     seen = step * config.batch.global_batch
     lr = learning_rate(config.optim, seen, config.steps * config.batch.global_batch)
     norm = engine.step(lr)
+    if not math.isfinite(norm) and config.engine.precision != "fp16":  # where loss scaling finds its scale that way
+        raise NonFiniteLoss(
+            f"step {step + 1}: the gradient's norm is {norm}, though the loss is {means['loss']:.4f}; on rank "
+            f"{run.ranks.rank} the samples were {', '.join(keys)}. Lower optim.lr, or go on from a checkpoint before"
+        )
     seconds = time.monotonic() - began
     return {
         "step": step + 1,

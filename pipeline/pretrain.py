@@ -129,6 +129,7 @@ def reconstruct(model: Callable[..., Tensor], config: PretrainConfig, batch: Bat
     recon = model(batch.values, tokens).float()
     bands, cell = [image.shape[1] for image in batch.values.values()], config.cmss.block
     outputs = dict(zip(batch.values, torch.split_with_sizes(recon, bands, 1), strict=True))
+    outputs = cmss.restored(outputs, batch.values, batch.valid, config.cmss.target, cell)
 
     def sample(tensors: Mapping[str, Tensor], index: int) -> dict[str, NDArray[Any]]:
         return {name: tensor[index].cpu().numpy() for name, tensor in tensors.items()}

@@ -59,6 +59,7 @@ def test_every_arm_leaves_the_others_alone() -> None:
         "b-decay": {"spared"},
         "c-bf16": {"state after a step is bf16"},
         "d-blind": {"nodata is a target", "nodata is hidden"},
+        "e-zeros": {"hidden tokens are zeros"},
     }
     assert observed() == plain  # and every patch is taken back
 
@@ -79,9 +80,15 @@ def observed() -> dict[str, object]:
         "spared": len(network().no_weight_decay()),
         "state after a step is bf16": state_is_bf16_after_a_step(),
         "micro-batches": BatchSize(global_batch=4).split(1),
+        "hidden tokens are zeros": not bool(hidden_token().any()),
         "nodata is a target": float(total) > 0,
         "nodata is hidden": [bool(hidden["s1"][:, :, :5].all()) for hidden in seen],
     }
+
+
+def hidden_token() -> Tensor:
+    hide = network().encoders["s1"].patch_embed.hide
+    return hide(torch.ones(1, 1, 1, 8), torch.ones(1, 1, 1, dtype=torch.bool))
 
 
 def state_is_bf16_after_a_step() -> bool:

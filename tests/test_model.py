@@ -34,6 +34,13 @@ def pictures(
     return {name: torch.randn(batch, CHANNELS[name], height, width, generator=g) for name in names}
 
 
+def checkerboard(names: tuple[str, ...], size: int = 32) -> dict[str, Tensor]:
+    """Every other block of 4 x 4 tokens hidden."""
+    cells = torch.arange(size // 4) // 4
+    hidden = (cells[:, None] + cells) % 2 == 1
+    return {name: hidden.expand(2, -1, -1) for name in names}
+
+
 @settings(max_examples=15, deadline=None)
 @given(height=st.integers(4, 70), width=st.integers(4, 70))
 def test_any_size(height: int, width: int) -> None:
@@ -56,7 +63,7 @@ def test_padding_is_whole_zero_patches(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("names", [("s1",), ("s2-l2a", "s1"), ("s2-l2a", "s1", "dem")])
 def test_one_to_three_modalities_learn(names: tuple[str, ...], profile: str) -> None:
     model = network(*names, profile=profile)
-    model(pictures(names)).square().mean().backward()
+    model(pictures(names), checkerboard(names)).square().mean().backward()
     silent = [
         name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
     ]
@@ -81,6 +88,23 @@ def test_hidden_tokens_carry_nothing() -> None:
     other["s1"][:, :, 8:12, 12:16] += 5
     assert torch.equal(network()(images, hidden), network()(other, hidden))
     assert not torch.equal(network()(images), network()(other))
+
+
+@pytest.mark.parametrize("vmamba", ["v0", "s1l8"])
+def test_hidden_tokens_do_not_blow_up_the_gradient_of_a_deep_network(vmamba: str) -> None:
+    """Of Tiny, whose stage 3 has 9 blocks: with zeros for hidden tokens, as published, the norm is over 1e15."""
+    names = ("s2-l2a", "s1")
+    norms = {}
+    for profile in ("default", "paper"):
+        torch.manual_seed(0)
+        model = MCFMamba(ModelConfig(vmamba=vmamba, profile=profile), {n: CHANNELS[n] for n in names}, 4)
+        for hidden in ({}, checkerboard(names)):
+            model.zero_grad()
+            model(pictures(names), hidden).square().mean().backward()
+            squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
+            norms[profile, bool(hidden)] = float(torch.stack(squares).sum().sqrt())
+    assert norms["default", True] < 10 * norms["default", False]
+    assert vmamba != "v0" or norms["paper", True] > 1e15 * norms["paper", False]
 
 
 def test_default_fusion_mixes_modalities_in_the_grouped_convolution() -> None:
@@ -147,7 +171,8 @@ def test_sizes(size: str, dim: int, depths: list[int]) -> None:
         assert [len(stage.blocks) for stage in encoder.stages] == depths
         assert [stage.out_norm.weight.numel() for stage in encoder.stages] == [dim, 2 * dim, 4 * dim, 8 * dim]
     if size == "tiny":
-        assert sum(parameter.numel() for parameter in model.parameters()) == 63_431_808
+        hidden = sum(encoder.patch_embed.hide.token.numel() for encoder in model.encoders.values())
+        assert sum(parameter.numel() for parameter in model.parameters()) == 63_431_808 + hidden
 
 
 def test_initial_values() -> None:
@@ -185,7 +210,7 @@ def test_autocast_is_close_to_float32() -> None:
 def test_what_is_not_decayed() -> None:
     names = network().no_weight_decay()
     assert {"encoders.s1.stages.0.blocks.0.ss2d.gated.ssm.A_log", "decoder.expand.norm.weight"} <= names
-    assert {name.rsplit(".", 1)[-1] for name in names} == {"A_log", "D", "dt_bias", "weight", "bias"}
+    assert {name.rsplit(".", 1)[-1] for name in names} == {"A_log", "D", "dt_bias", "weight", "bias", "token"}
     decayed = {name for name, _ in network().named_parameters()} - names
     assert {"head.weight", "encoders.s1.patch_embed.proj.weight"} <= decayed
     assert all(name.endswith((".weight", ".x_proj", ".dt_proj")) for name in decayed)

@@ -37,7 +37,8 @@ def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_backbone(name: str, scan: str) -> None:
     g = golden(name)
     facts = g.facts
-    config = ModelConfig(vmamba="s1l8", dims=tuple(facts["dims"]), depths=tuple(facts["depths"]))
+    structure = {"dims": tuple(facts["dims"]), "depths": tuple(facts["depths"])}
+    config = ModelConfig(vmamba="s1l8", profile="paper", **structure)
     encoder = Encoder(config, facts["in_chans"], scan)
     encoder.load_state_dict(converted(g.under("state/") | g.under("state_outnorm/")))
     image = g["in/x"].requires_grad_()
@@ -65,7 +66,7 @@ def check_gradients(g: Golden, encoder: nn.Module, tolerance: dict[str, float]) 
 
 UNITS = {
     "block": (lambda scan: VSSBlock(20, 1, 0.0, scan, mlp=True, gated=False), "layers.0.blocks.0", "stages.0.blocks.0"),
-    "stem": (lambda scan: Stem(3, 20), "patch_embed", "patch_embed"),
+    "stem": (lambda scan: Stem(3, 20, "paper"), "patch_embed", "patch_embed"),
     "downsample": (lambda scan: Downsample(20), "layers.0.downsample", "stages.0.downsample"),
 }
 
@@ -122,7 +123,7 @@ def test_names_of_the_public_tiny() -> None:
     ours, unknown = from_vmamba(state, "s1l8")
     assert {name.split(".")[0] for name in unknown} == {"classifier"} and len(unknown) == 4
     with torch.device("meta"):
-        encoder = Encoder(ModelConfig(vmamba="s1l8"), 3, "torch")
+        encoder = Encoder(ModelConfig(vmamba="s1l8", profile="paper"), 3, "torch")
     expected = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in ours.items()}
     assert {name for name in expected if name not in found} == {
@@ -161,7 +162,8 @@ def test_any_size(size: tuple[int, int]) -> None:
 
 
 def test_everything_learns() -> None:
-    network()(pictures(32, 32)).square().mean().backward()
+    hidden = {name: torch.eye(8, dtype=torch.bool).expand(2, -1, -1) for name in ("s2", "s1")}
+    network()(pictures(32, 32), hidden).square().mean().backward()
     silent = [
         name for name, parameter in network().named_parameters() if parameter.grad is None or not parameter.grad.any()
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from configs import ConfigError
 from pipeline import checkpoint, log
 from pipeline.batch import Batch, collate
 from pipeline.engine import Engine
+from pipeline.model import cmss
 from pipeline.pretrain import hidden, objective, pretrain, reconstruct
 from pipeline.signals import Stopped
 from shards.stream import Stream
@@ -190,6 +192,16 @@ def test_weights_scale_a_modality_and_unknown_ones_are_refused() -> None:
     assert torch.allclose(weighted - plain, 2 * parts["dem"])
     with pytest.raises(ConfigError, match=r"no modality s2; there are s1, dem"):
         objective(config(Path(), "run", cmss={"weights": {"s2": 1.0}}), CONTRACT)
+
+
+def test_reconstructions_of_blocks_are_shown_in_the_contracts_numbers() -> None:
+    settings, samples = config(Path(), "run", cmss={"target": "block", "block": 16}), batch()
+    wanted = cmss.targets(samples.values, samples.valid, "block", 16)
+    found = reconstruct(lambda *_: torch.cat(list(wanted.values()), 1), settings, samples)
+    for i, item in enumerate(found):
+        for name, valid in item.valid.items():
+            np.testing.assert_allclose(item.output[name][:, valid], item.values[name][:, valid], atol=1e-4)
+        assert item.cell == 16 and item.key == samples.keys[i]
 
 
 def test_reconstructions_are_cut_by_modality() -> None:

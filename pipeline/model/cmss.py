@@ -299,6 +299,12 @@ def targets(
 
 def _standardised(image: Tensor, counted: Tensor, block: int) -> Tensor:
     """Each block and band by its own mean and deviation: [B, M, H, W] and bool [B, H, W] -> [B, M, H, W]."""
+    mean, deviation = _scale(image, counted, block)
+    return ((image - mean) / deviation).masked_fill(~counted[:, None], 0)
+
+
+def _scale(image: Tensor, counted: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each block and band, at every pixel of it: both [B, M, H, W]."""
     ignored = ~_cells(counted, block)[:, None]  # [B, 1, Y, b, X, b], True also outside the image
     pixels = (~ignored).sum((3, 5), keepdim=True).clamp(min=1)
 
@@ -306,9 +312,30 @@ def _standardised(image: Tensor, counted: Tensor, block: int) -> Tensor:
         return x.sum((3, 5), keepdim=True) / pixels
 
     cells = _cells(image, block).masked_fill(ignored, 0)
-    centred = (cells - mean(cells)).masked_fill(ignored, 0)
-    scaled = centred / (mean(centred.square()) + VARIANCE_FLOOR).sqrt()
-    return scaled.flatten(4, 5).flatten(2, 3)[..., : image.shape[2], : image.shape[3]]
+    middle = mean(cells)
+    variance = mean((cells - middle).masked_fill(ignored, 0).square())
+    spread = [
+        _enlarge(x[:, :, :, 0, :, 0].flatten(0, 1), block, image.flatten(0, 1).shape).view_as(image)
+        for x in (middle, (variance + VARIANCE_FLOOR).sqrt())
+    ]
+    return spread[0], spread[1]
+
+
+def restored(
+    outputs: Mapping[str, Tensor],
+    images: Mapping[str, Tensor],
+    valid: Mapping[str, Tensor],
+    target: Target = "contract",
+    block: int = BLOCK,
+) -> dict[str, Tensor]:
+    """Reconstructions in the contract's numbers, for pictures: the inverse of `targets` on [B, M, H, W] by modality.
+
+    With the target "block" mean and deviation are those of the true block, which the network is not asked for.
+    """
+    if target == "contract":
+        return dict(outputs)
+    scales = {name: _scale(image.float(), valid[name], block) for name, image in images.items()}
+    return {name: output * scales[name][1] + scales[name][0] for name, output in outputs.items()}
 
 
 def loss(

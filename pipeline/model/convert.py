@@ -3,8 +3,8 @@
 Two kinds are known. A published MCF-Mamba (two branches) becomes a whole release of `profile: paper`, its
 modalities called `m1` and `m2` unless named; every tensor must find its place and every place its tensor. A
 VMamba backbone (v0 or s1l8, trained on RGB photographs) fills the encoders of the modalities asked for; fusion,
-decoder, the norms after the stages and a head that reconstructs all bands stay at initial values (seed 0), ready
-for pretraining. Whatever was not taken or not filled is listed in the result and in the folder's README.
+decoder, the norms after the stages, the hidden tokens and a head that reconstructs all bands stay at initial values
+(seed 0), ready for pretraining. Whatever was not taken or filled is listed in the result and in the folder's README.
 
 Files are opened as safetensors or by `torch.load(weights_only=True)`: nothing in them is executed.
 """
@@ -37,7 +37,7 @@ RGB = 3
 FIRST: dict[VMamba, str] = {"v0": "patch_embed.proj.weight", "s1l8": "patch_embed.conv1.weight"}
 BRANCH = "backbone.branch_m"  # how names of a published MCF-Mamba's encoders begin
 CLASSIFIER = re.compile(r"(classifier|head|norm)\..*")  # of a VMamba, of no use here
-OUT_NORM = re.compile(r"stages\.\d+\.out_norm\.(weight|bias)")  # not in a classification checkpoint
+OF_OURS = re.compile(r"stages\.\d+\.out_norm\.(weight|bias)|patch_embed\.hide\.token")  # not in a classifier
 LARGEST = float(torch.finfo(torch.float32).max)
 
 
@@ -211,7 +211,7 @@ def _backbone(
     own = model.state_dict()
     first = next(iter(bands))
     missing = [
-        name for name in _under(own, f"encoders.{first}.") if name not in converted and not OUT_NORM.fullmatch(name)
+        name for name in _under(own, f"encoders.{first}.") if name not in converted and not OF_OURS.fullmatch(name)
     ]
     if missing:
         raise ConvertError(f"{source}: {len(missing)} tensors are missing: {_listed(missing)} (by our names)")

@@ -11,19 +11,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.model.config import ModelConfig
+from pipeline.model.config import ModelConfig, Profile
 from pipeline.model.precision import LayerNorm
 from pipeline.model.ss2d import LINEAR_STD, VSSBlock
 
 PATCH = 4  # pixels along each side of a token
 
 
-class PatchEmbed(nn.Module):
-    """A token for every patch of 4 x 4 pixels; hidden tokens are zero."""
+class Hide(nn.Module):
+    """Puts one learned vector in the place of every hidden token (SimMIM, Xie et al. 2022, section 3.2).
 
-    def __init__(self, bands: int, dim: int) -> None:
+    The published code (`profile: paper`) writes zeros, which is no vector to start from: the gate of a block is 0 for a
+    zero token, so that regions of zeros stay zero through all blocks, and every layer norm on the way multiplies the
+    gradient there by 1 / sqrt(eps). At the start of training the gradient of Tiny so has a norm of 1e27
+    (docs/differences.md).
+    """
+
+    def __init__(self, dim: int, profile: Profile) -> None:
+        """For tokens of `dim` channels."""
+        super().__init__()
+        self.token = None if profile == "paper" else nn.Parameter(torch.empty(dim))
+        if self.token is not None:
+            nn.init.trunc_normal_(self.token, std=LINEAR_STD)
+
+    def forward(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+        """Tokens [B, h, w, C] and hidden bool [B, h, w] -> [B, h, w, C]."""
+        if hidden is None:
+            return tokens
+        if self.token is None:
+            return tokens.masked_fill(hidden[..., None], 0)
+        return torch.where(hidden[..., None], self.token.to(tokens.dtype), tokens)
+
+
+class PatchEmbed(nn.Module):
+    """A token for every patch of 4 x 4 pixels, and another for those that are hidden."""
+
+    def __init__(self, bands: int, dim: int, profile: Profile) -> None:
         """From `bands` bands to `dim` channels."""
         super().__init__()
+        self.hide = Hide(dim, profile)
         self.proj = nn.Conv2d(bands, dim, PATCH, PATCH)
         self.norm = LayerNorm(dim)
 
@@ -35,7 +61,8 @@ class PatchEmbed(nn.Module):
         height, width = image.shape[-2:]
         image = F.pad(image, (0, -width % PATCH, 0, -height % PATCH))
         tokens: Tensor = self.norm(self.proj(image).permute(0, 2, 3, 1))  # [B, h, w, C]
-        return tokens if hidden is None else tokens.masked_fill(hidden[..., None], 0)
+        shown: Tensor = self.hide(tokens, hidden)
+        return shown
 
 
 class PatchMerging(nn.Module):
@@ -59,9 +86,10 @@ class PatchMerging(nn.Module):
 class Stem(nn.Module):
     """Two 3x3 convolutions with stride 2, each followed by a norm (the patch embedding of `s1l8`)."""
 
-    def __init__(self, bands: int, dim: int) -> None:
+    def __init__(self, bands: int, dim: int, profile: Profile) -> None:
         """From `bands` bands to `dim` channels, half of them after the first convolution."""
         super().__init__()
+        self.hide = Hide(dim, profile)
         self.conv1 = nn.Conv2d(bands, dim // 2, 3, 2, 1)
         self.norm1 = LayerNorm(dim // 2)
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, 1)
@@ -71,14 +99,15 @@ class Stem(nn.Module):
         """Image [B, M, H, W] and hidden bool [B, h, w] -> [B, h, w, C].
 
         A token sees up to 3 pixels of its neighbours above and to the left. So the pixels of hidden tokens are
-        zero before, and the tokens after the norms.
+        zero before, and the tokens are hidden after the norms.
         """
         if hidden is not None:
             pixels = hidden.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
             image = image.masked_fill(pixels[:, None, : image.shape[2], : image.shape[3]], 0)
         x = F.gelu(self.norm1(self.conv1(image).permute(0, 2, 3, 1)))  # [B, ceil(H / 2), ceil(W / 2), C / 2]
         tokens: Tensor = self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # [B, h, w, C]
-        return tokens if hidden is None else tokens.masked_fill(hidden[..., None], 0)
+        shown: Tensor = self.hide(tokens, hidden)
+        return shown
 
 
 class Downsample(nn.Module):
@@ -125,7 +154,7 @@ class Encoder(nn.Module):
         super().__init__()
         dims, depths = config.stage_dims, config.stage_depths
         rates = torch.split_with_sizes(torch.linspace(0, config.encoder_drop_path, sum(depths), device="cpu"), depths)
-        self.patch_embed = (PatchEmbed if config.vmamba == "v0" else Stem)(bands, dims[0])
+        self.patch_embed = (PatchEmbed if config.vmamba == "v0" else Stem)(bands, dims[0], config.profile)
         self.stages = nn.ModuleList(
             Stage(config, dim, rate.tolist(), scan) for dim, rate in zip(dims, rates, strict=True)
         )

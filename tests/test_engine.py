@@ -252,7 +252,7 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(settings: dict[str, Any]) -> None:
 
 def test_recomputation_gives_the_same_bits_and_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
     images = {"a": torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0))}
-    keys = torch.tensor([7])
+    keys, hidden = torch.tensor([7]), {"a": torch.eye(16, dtype=torch.bool)[None]}
     found: dict[bool, Any] = {}
     for recompute in (False, True):
         torch.manual_seed(0)
@@ -262,7 +262,7 @@ def test_recomputation_gives_the_same_bits_and_keeps_less(monkeypatch: pytest.Mo
         kept: list[int] = []
         pack = lambda tensor, kept=kept: kept.append(tensor.nbytes) or tensor  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(images, None, keys)
+            output = model(images, hidden, keys)
         held = sum(kept)
         output.square().mean().backward()
         found[recompute] = (output.detach(), [p.grad for p in model.parameters()], held)

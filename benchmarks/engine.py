@@ -22,6 +22,7 @@ from benchmarks.reading_data import tiles, write_dataset
 from benchmarks.training import in_new_process
 
 PIXELS, STEPS, ROUNDS, GLOBAL_BATCH = 128, 3, 5, 2
+SIZES = {"tiny": GLOBAL_BATCH, "nano": 16}  # and the global batch
 WAYS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
 
 
@@ -34,11 +35,12 @@ def run() -> None:
         print(f"\nA checkpoint of Tiny, 1 process, steps of {GLOBAL_BATCH} x {PIXELS} x {PIXELS} (medians of {ROUNDS})")
         for what, seconds in rows.items():
             print(f"  {what:<44} {seconds:8.2f} s  {seconds / rows['step']:6.2f} steps", flush=True)
-        print(f"\nThe same steps by processes, load {os.getloadavg()[0]:.1f} (medians of {2 * STEPS})")
-        rates = {way: _rate(folder, way, *WAYS[way]) for way in WAYS}
-        for way, rate in rates.items():
-            times = rate / rates["1 process, 1 thread"]
-            print(f"  {way:<44} {rate:8.2f} samples/s  {times:5.2f} times the first", flush=True)
+        for size, count in SIZES.items():
+            print(f"\n{size}, steps of {count} x {PIXELS} x {PIXELS} by processes (medians of {2 * STEPS})")
+            rates = {way: _rate(folder, size, count, *WAYS[way]) for way in WAYS}
+            for way, rate in rates.items():
+                times = rate / rates["1 process, 1 thread"]
+                print(f"  {way:<44} {rate:8.2f} samples/s  {times:5.2f} times the first", flush=True)
 
 
 def _config(folder: Path, **changes: Any) -> Any:
@@ -87,16 +89,17 @@ def _train_with(config: Any, watch: Callable[[Callable[[], object], Any], None])
         pretrain.pretrain(config)
 
 
-def _rate(folder: Path, way: str, processes: int, threads: int) -> float:
+def _rate(folder: Path, size: str, count: int, processes: int, threads: int) -> float:
     """Samples per second, the first two steps left out."""
     from launchers.local import launch
 
-    run = folder / way.replace(" ", "-")
+    run = folder / f"{size}-{processes}-{threads}"
     path = folder / f"{run.name}.yaml"
-    path.write_text(configs.dump(_config(folder, run=str(run), pictures_every=0)))
+    how = {"model": {"size": size}, "batch": {"global_batch": count}}
+    path.write_text(configs.dump(_config(folder, run=str(run), pictures_every=0, **how)))
     environment: Mapping[str, str] = {"OMP_NUM_THREADS": str(threads)}
     with mock.patch.dict(os.environ, environment):
         if launch(["launchers.job", str(path)], processes, run / "logs"):
-            raise RuntimeError(f"{way}: failed, see {run / 'logs'}")
+            raise RuntimeError(f"{run.name} failed, see {run / 'logs'}")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return statistics.median(json.loads(line)["samples_per_second"] for line in lines[2:])

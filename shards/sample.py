@@ -109,6 +109,18 @@ def encode_array(values: NDArray[Any], encoding: Encoding, meta: Mapping[str, An
         buffer = io.BytesIO()
         np.save(buffer, np.ascontiguousarray(values), allow_pickle=False)
         return buffer.getvalue()
+    if values.dtype == bool and values.size and values.all():
+        return _all_valid(values.shape, encoding)
+    return _to_b2nd(values, encoding)
+
+
+@lru_cache(32)
+def _all_valid(shape: tuple[int, ...], encoding: Encoding) -> bytes:
+    """The frame of a tile's validity without holes, which is most tiles'."""
+    return _to_b2nd(np.ones(shape, bool), encoding)
+
+
+def _to_b2nd(values: NDArray[Any], encoding: Encoding) -> bytes:
     params = {"codec": _CODECS[encoding], "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
     # One chunk per array, as a sample is decoded whole; a block per band, as the default depends on the CPU's caches.
     blocks = (1,) * (values.ndim - 2) + values.shape[-2:]

@@ -18,6 +18,7 @@ from shards.sample import (
     Encoding,
     Sample,
     Tile,
+    _to_b2nd,
     decode,
     decode_array,
     decode_webdataset,
@@ -30,6 +31,17 @@ from shards.write import write_shard
 from tests.small_dataset import make_sample
 
 ENCODINGS: list[Encoding] = ["blosc2-zstd", "blosc2-lz4", "npy", "geotiff"]
+
+
+@pytest.mark.parametrize("encoding", ["blosc2-zstd", "blosc2-lz4"])
+def test_frames_that_are_made_or_read_once_are_those_of_any_other(encoding: Encoding) -> None:
+    """Of tiles without holes; and an array that was decoded is the caller's own."""
+    for plane in (np.ones((64, 64), bool), np.zeros((64, 64), bool), np.ones((32, 128), bool)):
+        data = encode_array(plane, encoding)
+        assert data == _to_b2nd(plane, encoding)
+        first = decode_array(data, "b2nd")
+        first[...] = ~first
+        assert np.array_equal(decode_array(data, "b2nd"), plane)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -67,6 +67,7 @@ def run() -> None:
             _compare_decoded(Path(folder), selection, encoding)
             for workers in WORKERS:
                 _compare_batches(Path(folder), selection, encoding, workers)
+            _compare_training(selection, encoding)
 
 
 def _compare_undecoded(folder: Path, selection: Selection, encoding: Encoding) -> None:
@@ -182,6 +183,27 @@ def _compare_batches(folder: Path, selection: Selection, encoding: Encoding, wor
     title = f"Batches of {BATCH} tensors, {workers} workers: {what(COUNT, encoding)}"
     compare(title, same_work(functions, _ours(stream(selection, 1))))
     _say_missing()
+
+
+def _compare_training(selection: Selection, encoding: Encoding) -> None:
+    """What a rank trains on, normalised, turned and stacked as float32, against samples that are only decoded."""
+    from pipeline.augment import Augmentation
+    from pipeline.dataset import training_batches
+
+    contract = selection.contract.normalised("statistics")
+
+    def train(made: Stream, turn: bool) -> int:
+        batches = training_batches(iter(made), BATCH, contract, Augmentation(0, turn))
+        return sum(len(batch) for batch in islice(batches, len(selection) // BATCH))
+
+    decoded = {f"decoded, threads={n}": partial(_ours, stream(selection, n)) for n in (1, 2)}
+    functions: Functions = {
+        f"batches{', turned' if turn else ''}, threads={n}": partial(train, stream(selection, n), turn)
+        for n in (1, 2)
+        for turn in (False, True)
+    }
+    what_it_is = f"Batches of {BATCH} for training: {what(COUNT, encoding)}"
+    compare(what_it_is, same_work(decoded, _ours(stream(selection, 1))) | same_work(functions, COUNT))
 
 
 def _batches(made: Stream) -> int:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.augment import Augmentation, augment, changed
+from pipeline.model import cmss
 from shards.contract import Contract, ContractError, Modality
-from shards.sample import Sample, Tile
+from shards.sample import Empty, Sample, Tile
 
-T = TypeVar("T", bound=np.generic)
+PLAIN = Augmentation()
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,25 @@ class Batch:
         )
 
 
-def collate(items: Sequence[tuple[Sample, int]], contract: Contract) -> Batch:
-    """Stack and normalise (sample, position) pairs for the modalities of `contract`, each turned as its facts say.
+def collate(
+    items: Sequence[tuple[Sample, int]], contract: Contract, how: Augmentation = PLAIN, empty: Empty = np.empty
+) -> Batch:
+    """Augment, normalise and stack (sample, position) pairs for the modalities of `contract`.
+
+    Args:
+        items: samples, each of which is turned as its facts say before it is augmented.
+        contract: how to normalise which modalities.
+        how: augmentation.
+        empty: gives the memory of the batch.
 
     Raises:
         ContractError: samples of different sizes, or one that lacks a modality (absent data is a tile without a valid
-            pixel, never a missing name).
+            pixel, never a missing name); a crop larger than they are.
     """
-    samples = [upright(sample) for sample, _ in items]
-    for sample in samples:
+    for sample, _ in items:
         if missing := [name for name in contract.sensors if name not in sample.tiles]:
             raise ContractError(f"sample {sample.key} has no {', '.join(missing)}; it has {', '.join(sample.tiles)}")
+    samples = [augment(upright(sample), position, how) for sample, position in items]
     first = contract.sensors[0]
     sizes = {sample.tiles[first].valid.shape for sample in samples}
     if len(sizes) != 1:
@@ -78,9 +87,9 @@ def collate(items: Sequence[tuple[Sample, int]], contract: Contract) -> Batch:
     labels = [sample.label for sample in samples if sample.label is not None]
     whole = len(labels) == len(samples)
     return Batch(
-        {m.sensor: _stack([normalise(s.tiles[m.sensor], m) for s in samples]) for m in contract.modalities},
-        {name: _stack([s.tiles[name].valid for s in samples]) for name in contract.sensors},
-        _stack([label.astype(np.int64) for label in labels]) if whole else None,
+        {m.sensor: _normalised([s.tiles[m.sensor] for s in samples], m, empty) for m in contract.modalities},
+        {name: torch.from_numpy(np.stack([s.tiles[name].valid for s in samples])) for name in contract.sensors},
+        torch.from_numpy(np.stack(labels).astype(np.int64)) if whole else None,
         torch.tensor([position for _, position in items], dtype=torch.int64),
         [sample.key for sample in samples],
     )
@@ -94,28 +103,35 @@ def upright(sample: Sample) -> Sample:
     """
     if sample.meta.get("orientation") != 1:
         return sample
-    tiles = {
-        name: replace(tile, values=_half_turn(tile.values), valid=_half_turn(tile.valid))
-        for name, tile in sample.tiles.items()
-    }
-    label = None if sample.label is None else _half_turn(sample.label)
-    instances = None if sample.instances is None else _half_turn(sample.instances)
-    return replace(sample, tiles=tiles, label=label, instances=instances)
+    return changed(sample, lambda image: image[..., ::-1, ::-1])
 
 
-def _half_turn(image: NDArray[T]) -> NDArray[T]:
-    return image[..., ::-1, ::-1]
+def normalise(tile: Tile, modality: Modality, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """(clip(value) - offset) / scale per band, float32 [C, H, W]; exactly 0 where invalid, whatever stands there.
+
+    Written into `out` where it is given: a batch is made in one piece of memory, which the pixels enter once.
+    """
+    normal = np.empty(tile.values.shape, np.float32) if out is None else out
+    with np.errstate(all="ignore"):  # of what stands where nothing is valid
+        np.copyto(normal, tile.values, casting="unsafe")
+        np.clip(normal, *modality.clip, out=normal)
+        normal -= np.asarray(modality.offset, np.float32)[:, None, None]
+        normal /= np.asarray(modality.scale, np.float32)[:, None, None]
+    np.copyto(normal, 0, where=~tile.valid)
+    return normal
 
 
-def normalise(tile: Tile, modality: Modality) -> NDArray[np.float32]:
-    """(clip(value) - offset) / scale per band, float32 [C, H, W]; exactly 0 where invalid, whatever stands there."""
-    low, high = modality.clip
-    offset = np.asarray(modality.offset, np.float32)[:, None, None]
-    scale = np.asarray(modality.scale, np.float32)[:, None, None]
-    values = np.where(tile.valid, tile.values, low).astype(np.float32)
-    normal = (np.clip(values, low, high) - offset) / scale
-    return np.where(tile.valid, normal, np.float32(0))
+def _normalised(tiles: Sequence[Tile], modality: Modality, empty: Empty) -> Tensor:
+    """[B, C, H, W]."""
+    stacked = empty((len(tiles), *tiles[0].values.shape), np.dtype(np.float32))
+    for tile, out in zip(tiles, stacked, strict=True):
+        normalise(tile, modality, out)
+    return torch.from_numpy(stacked)
 
 
-def _stack(arrays: Sequence[NDArray[np.generic]]) -> Tensor:
-    return torch.from_numpy(np.stack(arrays))
+def drop_modality(batch: Batch, seed: int, probability: float) -> dict[str, Tensor] | None:
+    """Which samples are to be seen without which modality, bool [B] by modality, keyed by (seed, position)."""
+    if not probability:
+        return None
+    there = {name: valid.flatten(1).any(1) for name, valid in batch.valid.items()}
+    return cmss.drop(there, batch.positions, seed, probability)

@@ -13,27 +13,30 @@ from typing import TypeVar
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.augment import Augmentation, augment
-from pipeline.batch import Batch, collate
+from pipeline.augment import Augmentation
+from pipeline.batch import PLAIN, Batch, collate
 from shards.contract import Contract
+from shards.memory import Memory
 from shards.sample import Sample
 from shards.stream import Stream
 
 T = TypeVar("T")
 
 
-def micro_batches(stream: Iterable[tuple[Sample, int]], size: int, contract: Contract) -> Iterator[Batch]:
-    """Batches of `size` samples in the stream's order; of a finite stream the last may be smaller."""
-    samples = iter(stream)
+def micro_batches(
+    stream: Iterable[tuple[Sample, int]], size: int, contract: Contract, how: Augmentation = PLAIN
+) -> Iterator[Batch]:
+    """Augmented batches of `size` samples in the stream's order; of a finite stream the last may be smaller."""
+    samples, memory = iter(stream), Memory()
     while items := list(itertools.islice(samples, size)):
-        yield collate(items, contract)
+        yield collate(items, contract, how, memory.empty)
 
 
 def training_batches(
     stream: Iterable[tuple[Sample, int]], size: int, contract: Contract, how: Augmentation
 ) -> Iterator[Batch]:
     """Micro-batches, augmented and, for a GPU, in pinned memory, prepared ahead of the model."""
-    batches = (augment(batch, how) for batch in micro_batches(stream, size, contract))
+    batches = micro_batches(stream, size, contract, how)
     return read_ahead((batch.pin_memory() for batch in batches) if torch.cuda.is_available() else batches)
 
 
@@ -72,8 +75,7 @@ class StreamDataset(IterableDataset[Batch]):
             # A copy with files of its own: processes that were forked share the position in an open one.
             share = replace(stream.share, workers=info.num_workers, worker=info.id)
             stream = stream.shared(deepcopy(stream.selection), share)
-        for batch in micro_batches(stream, stream.share.micro_batch, self.contract):
-            yield augment(batch, self.how)
+        yield from micro_batches(stream, stream.share.micro_batch, self.contract, self.how)
 
 
 def read_ahead(items: Iterator[T], depth: int = 4) -> Iterator[T]:

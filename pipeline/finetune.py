@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs import ConfigError
-from pipeline.augment import augmentation, drop_modality
-from pipeline.batch import Batch
+from pipeline.augment import augmentation
+from pipeline.batch import Batch, drop_modality
 from pipeline.config import FinetuneConfig
 from pipeline.dataset import traffic, training_batches
 from pipeline.engine import Engine

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs import ConfigError
-from pipeline.augment import augmentation, drop_modality
-from pipeline.batch import Batch, collate
+from pipeline.augment import augmentation
+from pipeline.batch import Batch, collate, drop_modality
 from pipeline.config import PretrainConfig
 from pipeline.dataset import traffic, training_batches
 from pipeline.engine import Engine

@@ -1,13 +1,41 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from pipeline.augment import Augmentation, augment, symmetry
+from pipeline import augment as module
+from pipeline.augment import Augmentation
 from pipeline.batch import Batch
 from shards.contract import ContractError
+from shards.sample import Sample, Tile
+
+
+def augment(batch: Batch, how: Augmentation) -> Batch:
+    """Every sample of a batch augmented, stacked again."""
+    found = []
+    for i, position in enumerate(batch.positions.tolist()):
+        tiles = {n: Tile(v[i].numpy(), batch.valid[n][i].numpy()) for n, v in batch.values.items()}
+        sample = Sample(str(position), tiles, None if batch.label is None else batch.label[i].numpy())
+        found.append(module.augment(sample, position, how))
+
+    def stack(arrays: Iterable[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(list(arrays)))
+
+    return replace(
+        batch,
+        values={name: stack(sample.tiles[name].values for sample in found) for name in batch.values},
+        valid={name: stack(sample.tiles[name].valid for sample in found) for name in batch.valid},
+        label=None if batch.label is None else stack(sample.label for sample in found),
+    )
+
+
+def symmetry(image: torch.Tensor, code: int) -> torch.Tensor:
+    return torch.from_numpy(module.symmetry(image.numpy(), code).copy())
 
 
 def batch(count: int, height: int, width: int) -> Batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -60,7 +60,11 @@ class Batch:
 
 
 def collate(
-    items: Sequence[tuple[Sample, int]], contract: Contract, how: Augmentation = PLAIN, empty: Empty = np.empty
+    items: Sequence[tuple[Sample, int]],
+    contract: Contract,
+    how: Augmentation = PLAIN,
+    empty: Empty = np.empty,
+    each: Callable[..., Iterable[object]] = map,
 ) -> Batch:
     """Augment, normalise and stack (sample, position) pairs for the modalities of `contract`.
 
@@ -69,6 +73,7 @@ def collate(
         contract: how to normalise which modalities.
         how: augmentation.
         empty: gives the memory of the batch.
+        each: `map`, or that of a pool of threads, over the samples to normalise.
 
     Raises:
         ContractError: samples of different sizes, or one that lacks a modality (absent data is a tile without a valid
@@ -87,7 +92,7 @@ def collate(
     labels = [sample.label for sample in samples if sample.label is not None]
     whole = len(labels) == len(samples)
     return Batch(
-        {m.sensor: _normalised([s.tiles[m.sensor] for s in samples], m, empty) for m in contract.modalities},
+        {m.sensor: _normalised([s.tiles[m.sensor] for s in samples], m, empty, each) for m in contract.modalities},
         {name: torch.from_numpy(np.stack([s.tiles[name].valid for s in samples])) for name in contract.sensors},
         torch.from_numpy(np.stack(labels).astype(np.int64)) if whole else None,
         torch.tensor([position for _, position in items], dtype=torch.int64),
@@ -121,11 +126,13 @@ def normalise(tile: Tile, modality: Modality, out: NDArray[np.float32] | None = 
     return normal
 
 
-def _normalised(tiles: Sequence[Tile], modality: Modality, empty: Empty) -> Tensor:
+def _normalised(
+    tiles: Sequence[Tile], modality: Modality, empty: Empty, each: Callable[..., Iterable[object]]
+) -> Tensor:
     """[B, C, H, W]."""
     stacked = empty((len(tiles), *tiles[0].values.shape), np.dtype(np.float32))
-    for tile, out in zip(tiles, stacked, strict=True):
-        normalise(tile, modality, out)
+    for _ in each(normalise, tiles, [modality] * len(tiles), stacked):
+        pass
     return torch.from_numpy(stacked)
 
 

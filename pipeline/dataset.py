@@ -24,19 +24,23 @@ T = TypeVar("T")
 
 
 def micro_batches(
-    stream: Iterable[tuple[Sample, int]], size: int, contract: Contract, how: Augmentation = PLAIN
+    stream: Iterable[tuple[Sample, int]], size: int, contract: Contract, how: Augmentation = PLAIN, threads: int = 1
 ) -> Iterator[Batch]:
-    """Augmented batches of `size` samples in the stream's order; of a finite stream the last may be smaller."""
+    """Augmented batches of `size` samples in the stream's order; of a finite stream the last may be smaller.
+
+    So many threads normalise.
+    """
     samples, memory = iter(stream), Memory()
-    while items := list(itertools.islice(samples, size)):
-        yield collate(items, contract, how, memory.empty)
+    with ThreadPoolExecutor(threads, "normalise") as pool:
+        while items := list(itertools.islice(samples, size)):
+            yield collate(items, contract, how, memory.empty, pool.map)
 
 
 def training_batches(
-    stream: Iterable[tuple[Sample, int]], size: int, contract: Contract, how: Augmentation
+    stream: Iterable[tuple[Sample, int]], size: int, contract: Contract, how: Augmentation, threads: int = 1
 ) -> Iterator[Batch]:
     """Micro-batches, augmented and, for a GPU, in pinned memory, prepared ahead of the model."""
-    batches = micro_batches(stream, size, contract, how)
+    batches = micro_batches(stream, size, contract, how, threads)
     return read_ahead((batch.pin_memory() for batch in batches) if torch.cuda.is_available() else batches)
 
 
@@ -75,7 +79,8 @@ class StreamDataset(IterableDataset[Batch]):
             # A copy with files of its own: processes that were forked share the position in an open one.
             share = replace(stream.share, workers=info.num_workers, worker=info.id)
             stream = stream.shared(deepcopy(stream.selection), share)
-        yield from micro_batches(stream, stream.share.micro_batch, self.contract, self.how)
+        threads = stream.reader.reading.threads
+        yield from micro_batches(stream, stream.share.micro_batch, self.contract, self.how, threads)
 
 
 def read_ahead(items: Iterator[T], depth: int = 4) -> Iterator[T]:

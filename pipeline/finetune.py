@@ -55,7 +55,7 @@ def finetune(config: FinetuneConfig) -> Path:
     share = Share(config.batch.global_batch, ranks.world, ranks.rank)
     stream = Stream(selection, config.seed, config.lanes, share, start.step * config.batch.global_batch, config.reading)
     inputs = run.contract.restrict(selection.contract.sensors)
-    batches = training_batches(stream, engine.micro_batch, inputs, augmentation(config))
+    batches = training_batches(stream, engine.micro_batch, inputs, augmentation(config), config.reading.threads)
     hooks = [validation(run, engine, config), traffic(stream)]
     train(run, engine, objective(classes.ignore, config.seed, config.modality_dropout), batches, start.step, hooks)
     return run.folder

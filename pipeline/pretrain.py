@@ -59,7 +59,8 @@ def pretrain(config: PretrainConfig) -> Path:
     engine = build_engine(run, start, model)
     share = Share(config.batch.global_batch, ranks.world, ranks.rank)
     stream = Stream(selection, config.seed, config.lanes, share, start.step * config.batch.global_batch, config.reading)
-    batches = training_batches(stream, engine.micro_batch, run.contract, augmentation(config))
+    threads = config.reading.threads
+    batches = training_batches(stream, engine.micro_batch, run.contract, augmentation(config), threads)
     hooks = [traffic(stream), pictures(run, engine, config, stream)]
     train(run, engine, objective(config, run.contract), batches, start.step, hooks)
     return run.folder

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 class Reading:
     """Threads, memory and cache of one reader (one rank, or one worker of a DataLoader)."""
 
-    threads: int = Field(default=2, ge=1, description="threads that check and decode")
+    threads: int = Field(default=2, ge=1, description="threads that check and decode, and as many that normalise")
     requests: int = Field(default=8, ge=1, description="reads under way at once")
     ahead: int = Field(default=64, ge=1, description="decoded samples kept ready, as far as memory allows")
     memory: ByteSize = Field(

@@ -149,7 +149,7 @@ def optical(place: Site, land: Landscape) -> Raster:
     crowns = 0.06 * (land.texture - 1) * (land.cover == Cover.TREES)
     opacity, shadow = _clouds(place, rng, sun)
     light = _light(place, land, sun) * (1 + 0.1 * fractal(rng, side, 1.6) + crowns) * (1 - 0.6 * shadow)
-    values = np.tensordot(_spectra(place, rng).T, _inner(place, land.shares), 1) * _inner(place, light)  # [C, h, w]
+    values = _mixed(_spectra(place, rng).T, _inner(place, land.shares)) * _inner(place, light)  # [C, h, w]
     haze = rng.uniform(0.7, 1.7)
     values = values * _column(_CLEAR) * (1.06 - 0.06 * haze) + _column(_PATH) * haze
     cover, bright = _inner(place, opacity), _inner(place, 1 + 0.07 * fractal(rng, side, 3))
@@ -225,7 +225,7 @@ def radar(place: Site, land: Landscape) -> Raster:
     power[_DAMP] *= 10 ** (rng.normal(0, 1.0) / 10)  # soil moisture of the day
     power[[_M.CLEAR_WATER, _M.SILTY_WATER]] *= 10 ** (rng.normal(0, 1.8) / 10)  # wind on water
     relief = _facing(land, math.radians(rng.choice([80, 280])), math.radians(rng.uniform(33, 43)))
-    field = np.tensordot(power.T.astype(np.float32), land.shares, 1) * land.texture * relief  # [2, H, W]
+    field = _mixed(power.T.astype(np.float32), land.shares) * land.texture * relief  # [2, H, W]
     field[:, ~_swath(place, rng, 0.25)] = np.nan
     crs, pixel, reach = _radar_grid(place)
     values, transform = _put(place, field, crs, pixel, reach)  # [2, h, w]
@@ -257,3 +257,12 @@ def label(place: Site, land: Landscape) -> Raster:
 INSTRUMENTS: Mapping[str, Callable[[Site, Landscape], Raster]] = MappingProxyType(
     {"s2-l1c": optical, "s1": radar, "dem": elevation, "label": label}
 )
+
+
+def _mixed(signatures: NDArray[Any], shares: NDArray[Any]) -> NDArray[Any]:
+    """Of classes [C, K] by their shares [K, h, w]: [C, h, w].
+
+    Not by BLAS, whose sums depend on the processor and the number of threads, and the archive's bytes must not.
+    """
+    mixed: NDArray[Any] = np.einsum("ck,khw->chw", signatures, shares)
+    return mixed

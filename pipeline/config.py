@@ -169,6 +169,39 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Guard:
+    """What a run does about steps that go wrong, and about starts that lead nowhere."""
+
+    spike: float = Field(
+        default=10.0, ge=0, description="a loss above so many times the median of the last 64 is passed over; 0 = never"
+    )
+    skips: int = Field(default=5, ge=1, description="steps passed over in a row, after which the run is rolled back")
+    hang_s: float = Field(
+        default=600.0,
+        ge=0,
+        description="seconds without a step, after which a rank dumps its stacks and ends; 0 = never",
+    )
+    starts: int = Field(
+        default=5, ge=0, description="starts that reach no new checkpoint, then the run stays down; 0 = any number"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Probe:
+    """A linear classifier on the frozen features of a pretraining run: how good they are, while it goes."""
+
+    data: str | None = Field(default=None, description="small labelled dataset, local or s3://; null = no probe")
+    every: int = Field(default=1000, ge=1, description="steps between probes; the last is always made")
+    train_where: Where = Field(
+        default_factory=lambda: {"split": ["train"]}, description="{column: allowed values} of the samples to fit on"
+    )
+    test_where: Where = Field(
+        default_factory=lambda: {"split": ["val"]}, description="{column: allowed values} of the samples to score"
+    )
+    limit: int = Field(default=64, ge=1, description="samples of each of the two, chosen by the seed of the run")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Training:
     """What pretraining and finetuning have in common."""
 
@@ -199,6 +232,12 @@ class Training:
     store: str = Field(
         default="", description="folder or s3:// prefix for checkpoints and what resuming needs; empty = run"
     )
+    guard: Guard = Field(default_factory=Guard, description="steps that go wrong, hangs and starts that lead nowhere")
+    track: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        default=("tensorboard",),
+        description="where numbers go beside metrics.jsonl (wandb needs the extra of that name)",
+    )
+    profile: int = Field(default=0, ge=0, description="steps to profile, after three to warm up; 0 = none")
     modality_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="share of the samples of which one modality is hidden everywhere"
     )
@@ -226,6 +265,7 @@ class PretrainConfig(Training):
     cmss: CMSS = Field(default_factory=CMSS, description="masking and loss")
     start: str | None = Field(default=None, description="run, checkpoint or release to take parameters from")
     pictures_every: int = Field(default=0, ge=0, description="steps between reconstruction pictures; 0 = at the end")
+    probe: Probe = Field(default_factory=Probe, description="linear probe on labelled samples")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -44,11 +44,11 @@ def training_batches(
     return read_ahead((batch.pin_memory() for batch in batches) if torch.cuda.is_available() else batches)
 
 
-def traffic(stream: Stream) -> Callable[[int], Mapping[str, object]]:
+def traffic(stream: Stream) -> Callable[[Mapping[str, object]], Mapping[str, object]]:
     """A hook of the loop that tells what this rank's stream has done since the step before: `io` in metrics.jsonl."""
     before: dict[str, float] = {}
 
-    def tell(step: int) -> Mapping[str, object]:
+    def tell(_: Mapping[str, object]) -> Mapping[str, object]:
         now = stream.ledger
         since = {name: value if name == "held" else value - before.get(name, 0) for name, value in now.items()}
         before.update(now)

@@ -18,7 +18,7 @@ from pipeline.batch import Batch, drop_modality
 from pipeline.config import FinetuneConfig
 from pipeline.dataset import traffic, training_batches
 from pipeline.engine import Engine
-from pipeline.loop import Losses, Objective, train
+from pipeline.loop import Hook, Losses, Objective, train
 from pipeline.metrics import scores
 from pipeline.model.cmss import hidden_tokens
 from pipeline.model.keyed import hash64
@@ -115,16 +115,16 @@ def dice(logits: Tensor, label: Tensor, ignore: int) -> Tensor:
     return losses.sum(1) / occurs.sum(1).clamp(min=1)
 
 
-def validation(run: Run, engine: Engine, config: FinetuneConfig) -> Callable[[int], Mapping[str, Any]]:
+def validation(run: Run, engine: Engine, config: FinetuneConfig) -> Hook:
     """A hook that scores the validation samples every `validate_every` steps and at the end; nothing if that is 0."""
     if not config.validate_every:
-        return lambda step: {}
+        return lambda numbers: {}
     where = {**config.val_where, "labelled": [True]}
     selection = select(config.data, modalities=config.sensors, where=where)
     inputs = run.contract.restrict(selection.contract.sensors)
 
-    def score(step: int) -> Mapping[str, Any]:
-        if step % config.validate_every and step != config.steps:
+    def score(numbers: Mapping[str, Any]) -> Mapping[str, Any]:
+        if numbers["step"] % config.validate_every and numbers["step"] != config.steps:
             return {}
         matrix = confusion(engine, selection, inputs, engine.micro_batch, run.ranks, engine.device)
         names = run.contract.classes.names if run.contract.classes else ()

@@ -40,8 +40,9 @@ class Losses(NamedTuple):
 
 # (model, batch) -> losses.
 Objective = Callable[[Callable[..., Tensor], Batch], Losses]
-# Called by all ranks after a step with the number of steps done; what it returns joins the line of metrics.jsonl.
-Hook = Callable[[int], Mapping[str, Any]]
+# Called by all ranks after a step with its line for metrics.jsonl (`step`: how many are done); what it returns joins
+# that line.
+Hook = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -72,7 +73,7 @@ def train(
             for step in range(start, config.steps):
                 numbers = _step(run, engine, objective, batches, step)
                 for hook in hooks:
-                    numbers |= hook(step + 1)
+                    numbers |= hook(numbers)
                 if journal:
                     journal.write(numbers | {"saving": saver.seconds})
                 saver.written()

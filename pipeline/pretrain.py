@@ -109,7 +109,8 @@ def pictures(run: Run, engine: Engine, config: PretrainConfig, stream: Stream) -
     count = len(stream.selection)
     rows = sorted({count * i // PICTURES for i in range(PICTURES)})
 
-    def draw(step: int) -> Mapping[str, object]:
+    def draw(numbers: Mapping[str, Any]) -> Mapping[str, object]:
+        step = numbers["step"]
         if step == config.steps or (config.pictures_every and step % config.pictures_every == 0):
             batch = collate([(stream.row(row), row) for row in rows], run.contract)
             # On every rank, since the forward is collective under ZeRO 3.

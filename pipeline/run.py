@@ -53,7 +53,11 @@ FREE = (
     "keep_best",
     "store",
     "pictures_every",
+    "probe",
     "validate_every",
+    "guard",
+    "track",
+    "profile",
 )
 
 log = logging.getLogger(__name__)

@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for ranks in (2, 4):
             assert launch(["tests.training_scenarios", str(folder)], ranks, folder / "logs") == 0
     assert not (folder / "built").exists(), "an operator was compiled"
-    with mock.patch("pipeline.pretrain.pictures", lambda *_: lambda step: {}):
+    with mock.patch("pipeline.pretrain.pictures", lambda *_: lambda line: {}):
         pretrain(config(folder, "alone"))
         pretrain(config(folder, "alone-from-two"))
     return folder

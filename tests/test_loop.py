@@ -60,7 +60,7 @@ def prepare(folder: Path, **changes: Any) -> tuple[Run, Engine]:
 
 def test_every_step_is_a_line(tmp_path: Path) -> None:
     run, engine = prepare(tmp_path)
-    train(run, engine, objective, batches(), 0, [lambda step: {"twice": 2 * step}])
+    train(run, engine, objective, batches(), 0, [lambda numbers: {"twice": 2 * numbers["step"]}])
     lines = log.read(run.folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [line["position"] for line in lines] == [4, 8, 12, 16]
@@ -102,8 +102,8 @@ def test_old_checkpoints_go(tmp_path: Path) -> None:
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
     run, engine = prepare(tmp_path)
 
-    def shoot(step: int) -> dict[str, Any]:
-        if step == 2:
+    def shoot(numbers: Any) -> dict[str, Any]:
+        if numbers["step"] == 2:
             os.kill(os.getpid(), number)
         return {}
 

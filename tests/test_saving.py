@@ -35,8 +35,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
         assert reached.wait(30), "no further step was made while this was being written"
         return SAVE(*arguments)
 
-    def hook(step: int) -> dict[str, Any]:
-        if step == 2 and writing.wait(30):
+    def hook(line: Any) -> dict[str, Any]:
+        if line["step"] == 2 and writing.wait(30):
             reached.set()
         return {}
 
@@ -49,8 +49,8 @@ def test_what_was_gathered_is_written_not_what_it_became(tmp_path: Path) -> None
     made, engine = prepare(tmp_path, checkpoint_every=2, keep=9)
     seen: dict[int, torch.Tensor] = {}
 
-    def hook(step: int) -> dict[str, Any]:
-        seen[step] = engine.module.weight.detach().clone()
+    def hook(line: Any) -> dict[str, Any]:
+        seen[line["step"]] = engine.module.weight.detach().clone()
         return {}
 
     train(made, engine, objective, batches(), 0, [hook])
@@ -77,7 +77,14 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_bef
 def test_the_best_step_is_saved_and_kept(tmp_path: Path, metric: str, best: int | None) -> None:
     made, engine = prepare(tmp_path, keep_best=metric, keep=1)
     scores = {1: 0.3, 2: 0.9, 3: 0.1, 4: 0.5}
-    train(made, engine, objective, batches(), 0, [lambda step: {"score": scores[step], "loss/score": scores[step]}])
+    train(
+        made,
+        engine,
+        objective,
+        batches(),
+        0,
+        [lambda line: {"score": scores[line["step"]], "loss/score": scores[line["step"]]}],
+    )
     kept = {int(path.name[5:]) for path in (made.folder / "checkpoints").iterdir()}
     assert kept == {STEPS, *([best] if best else [])}
     if best:
@@ -87,8 +94,8 @@ def test_the_best_step_is_saved_and_kept(tmp_path: Path, metric: str, best: int 
 
 def test_a_resumed_run_remembers_its_best(tmp_path: Path) -> None:
     made, engine = prepare(tmp_path, keep_best="score", keep=1)
-    train(made, engine, objective, batches(), 0, [lambda step: {"score": 5.0 if step == 1 else 1.0}])
-    train(made, engine, objective, batches(3), 3, [lambda step: {"score": 4.0}])
+    train(made, engine, objective, batches(), 0, [lambda line: {"score": 5.0 if line["step"] == 1 else 1.0}])
+    train(made, engine, objective, batches(3), 3, [lambda line: {"score": 4.0}])
     assert checkpoint.find(made.folder / "best").step == 1
 
 

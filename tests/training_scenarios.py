@@ -83,7 +83,7 @@ def four(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     """The runs for as many ranks as there are; their pictures would take longer than they do."""
-    mock.patch("pipeline.pretrain.pictures", lambda *_: lambda step: {}).start()
+    mock.patch("pipeline.pretrain.pictures", lambda *_: lambda line: {}).start()
     {2: two, 4: four}[from_environment().world](folder)
 
 

@@ -76,13 +76,15 @@ def _add(found: dict[str, list[float]], what: str, function: Callable[[], object
 def _train_with(config: Any, watch: Callable[[Callable[[], object], Any], None]) -> None:
     """Pretrain as configured, but for the loop, which is `watch`."""
     from pipeline import loop, pretrain
+    from pipeline.health import Health
     from pipeline.saving import Saver
 
     def train(run: Any, engine: Any, objective: Any, batches: Any, start: int, hooks: object) -> None:
+        work = loop.Work(run, engine, objective, batches, Health(config.guard))
         for _ in range(2):
-            loop._step(run, engine, objective, batches, 0)
+            loop.take_step(work, 0)
         saver = Saver(run, engine)
-        watch(lambda: loop._step(run, engine, objective, batches, 0), saver)
+        watch(lambda: loop.take_step(work, 0), saver)
         saver.close()
 
     with mock.patch.object(pretrain, "train", train):

@@ -13,14 +13,14 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, get_args
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.model import MCFMamba, ModelConfig
+from pipeline.flops import blank, watched
+from pipeline.model import ModelConfig
 from pipeline.model.config import Size
 from shards.order import BLOCK, LANES
 
@@ -136,21 +136,11 @@ class _Operations(TorchDispatchMode):
 @cache
 def count(size: Size, pixels: int = PIXELS) -> Counted:
     """The real model for CMSS of `CHANNELS`, without memory for its numbers, in one forward of one sample."""
-    with torch.device("meta"):
-        model = MCFMamba(ModelConfig(size=size), CHANNELS, sum(CHANNELS.values()))
-        images = {name: torch.empty(1, bands, pixels, pixels) for name, bands in CHANNELS.items()}
-    scans: list[tuple[int, int]] = []
-
-    def scan(x: Tensor, delta: Tensor, A: Tensor, *_: object) -> Tensor:
-        scans.append((x.shape[1] * x.shape[2], A.numel()))
-        return torch.empty_like(x)
-
+    model, images = blank(ModelConfig(size=size), CHANNELS, sum(CHANNELS.values()), (pixels, pixels))
     flops, operations = FlopCounterMode(display=False), _Operations()
-    # torch.autocast, which our LayerNorm switches off, knows no meta device.
-    plain = mock.patch("pipeline.model.precision.LayerNorm.forward", nn.LayerNorm.forward)
-    with mock.patch("pipeline.model.ss2d.ss2d_scan", scan), plain, torch.no_grad(), flops, operations:
+    with watched(model) as scans, torch.no_grad(), flops, operations:
         model(images)
-    length, elements = sum(length for length, _ in scans), sum(length * each for length, each in scans)
+    length, elements = sum(scan.tokens for scan in scans), sum(scan.elements for scan in scans)
     modules = sum(not isinstance(module, nn.ModuleDict | nn.ModuleList) for module in model.modules())
     return Counted(size, _tensors(model), flops.get_total_flops(), elements, length, operations.count, modules)
 

@@ -88,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         if name != "evaluate":
             described = "kill a short run beside this one, here or local, and prove that it goes on exactly"
             stage.add_argument("--resume-check", action="store_true", help=described)
+            described = "run a few steps beside this run and tell on a page where their time goes"
+            stage.add_argument("--profile", action="store_true", help=described)
         stage.set_defaults(run=_stage, stage=name)
     _add_predict(commands)
     export = commands.add_parser("export", help="a run's newest checkpoint to a release folder")
@@ -285,11 +287,15 @@ def _show(parsed: argparse.Namespace) -> int:
 
 
 def _stage(parsed: argparse.Namespace) -> int:
-    import configs
-
     config = _load(parsed, parsed.stage)
     if getattr(parsed, "resume_check", False):
         return _resume_check(parsed, config)
+    return _profile(parsed, config) if getattr(parsed, "profile", False) else _run(parsed, config)
+
+
+def _run(parsed: argparse.Namespace, config: Any) -> int:
+    import configs
+
     if parsed.dry_run:
         print(configs.dump(config))
     if parsed.on == "slurm":
@@ -310,12 +316,27 @@ def _resume_check(parsed: argparse.Namespace, config: Any) -> int:
     import configs
     from launchers import resume_check
 
+    if parsed.profile:
+        raise configs.ConfigError("--profile and --resume-check given; each is a run of its own, so give one of them")
     if parsed.on == "slurm":
         raise configs.ConfigError("--on slurm given; --resume-check runs here, or with --on local --processes N")
     if parsed.dry_run:
         print(configs.dump(resume_check.experiment(config, "killed")))
         return 0
     return resume_check.check(config, parsed.processes if parsed.on == "local" else 1, parsed.config)
+
+
+def _profile(parsed: argparse.Namespace, config: Any) -> int:
+    from pipeline import profiling
+
+    config = profiling.short(config)
+    if not parsed.dry_run:
+        profiling.clear(Path(config.run))
+    code = _run(parsed, config)
+    if code == 0 and not parsed.dry_run:
+        when = "when the job is done, " if parsed.on == "slurm" else ""
+        print(f"{when}where a step goes: {profiling.page(config)}")
+    return code
 
 
 def _on_slurm(parsed: argparse.Namespace, config: Any) -> int:

@@ -2,7 +2,8 @@
 
 Rank 0 speaks to the console. Every rank has a log file, to which a further attempt is appended.
 
-How it ends: a rank that fails takes the others with it (TERM, and KILL when they do not go). INT (Ctrl-C),
+How it ends: a rank that fails takes the others with it (TERM, and KILL when they do not go). Ranks that hung, and ended
+themselves because of it, are started again. INT (Ctrl-C),
 TERM, HUP and USR2 are passed on to the ranks, which then save and end. A second signal means: now, saved or
 not.
 """
@@ -26,10 +27,11 @@ from typing import IO, Any, BinaryIO, TextIO
 
 import configs
 from pipeline.ranks import Ranks, child_environment
-from pipeline.signals import EXIT_STOPPED
+from pipeline.signals import EXIT_HUNG, EXIT_STOPPED
 
 GRACE_S = 15.0
 POLL_S = 0.05
+RESTARTS = 20  # of ranks that hung; a stage's own guard ends it earlier where that leads nowhere
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 Ended = queue.SimpleQueue[tuple[int, int]]
 
@@ -61,6 +63,15 @@ def launch(module: Sequence[str], processes: int, log_dir: Path, kill_when: Call
     if processes < 1:
         raise ValueError(f"{processes} processes given; at least 1 is needed")
     log_dir.mkdir(parents=True, exist_ok=True)
+    for _ in range(RESTARTS):
+        if (code := _attempt(module, processes, log_dir, kill_when)) != EXIT_HUNG:
+            return code
+        print("the ranks hung and have ended themselves; starting again", file=sys.stderr)
+    return _attempt(module, processes, log_dir, kill_when)
+
+
+def _attempt(module: Sequence[str], processes: int, log_dir: Path, kill_when: Callable[[], bool] | None) -> int:
+    """Starts the ranks and waits for their end; the exit code of a launch."""
     group = _Group()
     with _passing_signals_to(group):
         try:

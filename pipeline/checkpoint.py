@@ -106,7 +106,7 @@ def save(store: Store, state: State, facts: Mapping[str, Any]) -> str:
     Raises:
         StoreError: it cannot be written; the checkpoints before it are untouched.
     """
-    name = _name(int(facts["step"]))
+    name = name_of(int(facts["step"]))
     store.remove(f"{name}/{STATE}")  # of a damaged one, passed over at the start of this run
     parts = {MODEL: state.parameters, OPTIMIZER: state.moments, AVERAGE: state.average}
     files = {file: _write(store, f"{name}/{file}", tensors) for file, tensors in parts.items() if tensors}
@@ -116,7 +116,8 @@ def save(store: Store, state: State, facts: Mapping[str, Any]) -> str:
     return name
 
 
-def _name(step: int) -> str:
+def name_of(step: int) -> str:
+    """Name of the checkpoint of a step in its store."""
     return f"{FOLDER}/step-{step:06d}"
 
 
@@ -132,7 +133,7 @@ def _write(store: Store, name: str, tensors: Mapping[str, Tensor]) -> str:
 
 def point(store: Store, pointer: str, step: int) -> None:
     """Let `latest` or `best` name the checkpoint of a step."""
-    store.put(pointer, f"{Path(_name(step)).name}\n".encode())
+    store.put(pointer, f"{Path(name_of(step)).name}\n".encode())
 
 
 def prune(store: Store, newest: int, every: int = 0) -> None:
@@ -140,7 +141,7 @@ def prune(store: Store, newest: int, every: int = 0) -> None:
     names = store.list(f"{FOLDER}/")
     whole = _steps(names)
     best = _pointed(store, BEST)
-    kept = {_name(step) for step in whole if step in whole[:newest] or step == best or (every and step % every == 0)}
+    kept = {name_of(step) for step in whole if step in whole[:newest] or step == best or (every and step % every == 0)}
     # state.json first: half of a checkpoint is then none.
     for name in sorted(names, key=lambda name: not name.endswith(STATE)):
         if re.match(rf"{FOLDER}/step-\d+/", name) and name.rpartition("/")[0] not in kept:
@@ -219,7 +220,7 @@ def newest(store: Store) -> Checkpoint | None:
         log.warning("%s: only unfinished checkpoints, without %s, such as %s", store.url, STATE, names[0])
     for step in _steps(names):
         try:
-            return load(f"{store.url}/{_name(step)}")
+            return load(f"{store.url}/{name_of(step)}")
         except CheckpointError as error:
             log.warning("%s; taking the checkpoint before it", error)
             problems.append(str(error))
@@ -231,12 +232,18 @@ def newest(store: Store) -> Checkpoint | None:
     return None
 
 
+def facts_of_all(store: Store) -> Iterator[Mapping[str, Any]]:
+    """state.json of every whole checkpoint of a run, newest first."""
+    for step in _steps(store.list(f"{FOLDER}/")):
+        yield load(f"{store.url}/{name_of(step)}", tensors=False).facts
+
+
 def best(store: Store, metric: str) -> float | None:
     """What the best checkpoint so far has for `metric`; None where there is none."""
     step = _pointed(store, BEST)
-    if step is None or not store.exists(f"{_name(step)}/{STATE}"):
+    if step is None or not store.exists(f"{name_of(step)}/{STATE}"):
         return None
-    value = load(f"{store.url}/{_name(step)}", tensors=False).facts.get("metrics", {}).get(metric)
+    value = load(f"{store.url}/{name_of(step)}", tensors=False).facts.get("metrics", {}).get(metric)
     return None if value is None else float(value)
 
 
@@ -255,7 +262,7 @@ def find(where: str | Path) -> Checkpoint:
         return load(address)
     parent, _, pointer = address.rpartition("/")
     if pointer in (LATEST, BEST) and (step := _pointed(open_store(parent or "."), pointer)) is not None:
-        return load(f"{parent or '.'}/{_name(step)}")
+        return load(f"{parent or '.'}/{name_of(step)}")
     if found := newest(store):
         return found
     folder = Path(address)

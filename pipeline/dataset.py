@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.augment import Augmentation
 from pipeline.batch import PLAIN, Batch, collate
+from pipeline.ranks import added_up
 from shards.contract import Contract
 from shards.memory import Memory
 from shards.sample import Sample
@@ -45,14 +46,17 @@ def training_batches(
 
 
 def traffic(stream: Stream) -> Callable[[Mapping[str, object]], Mapping[str, object]]:
-    """A hook of the loop that tells what this rank's stream has done since the step before: `io` in metrics.jsonl."""
+    """A hook of the loop: `io`, what the streams of all ranks have done since the step before. Collective.
+
+    `held` is not a difference: the most bytes that lay decoded or waiting so far.
+    """
     before: dict[str, float] = {}
 
     def tell(_: Mapping[str, object]) -> Mapping[str, object]:
         now = stream.ledger
         since = {name: value if name == "held" else value - before.get(name, 0) for name, value in now.items()}
         before.update(now)
-        return {"io": since}
+        return {"io": added_up(since)}
 
     return tell
 

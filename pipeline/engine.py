@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +115,26 @@ class Engine:
         if self.average:
             self.average.update(self._updates)
         return float(self._deepspeed.get_global_grad_norm() if norm is None else norm)
+
+    def drop(self, loss: Callable[[], Tensor]) -> None:
+        """Forget the micro-batches of a global batch that is not to be trained on. Collective.
+
+        DeepSpeed keeps gradients in other places for every ZeRO stage and empties them all in a step. So it makes one,
+        in which the optimiser does nothing.
+
+        Args:
+            loss: gives a finite loss for each micro-batch that is missing; of what samples does not matter.
+        """
+        if not self._added:
+            return
+        while self._added < self.accumulation:
+            self.backward(loss() * 0.0)
+        self._added = 0
+        self._optimiser.step = lambda *_: None  # type: ignore[method-assign]
+        try:
+            self._deepspeed.step()
+        finally:
+            del self._optimiser.step
 
     def _plain_norm(self) -> float:
         """Norm of the gradient under ZeRO 0, which keeps none."""

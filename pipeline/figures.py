@@ -6,19 +6,23 @@ Letters in the comments: C bands; H, W pixels; K classes; S seeds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from shards.contract import Classes, Contract, Modality
 from shards.pictures import GREY, Picture, Stretch, coloured, picture, plain, png
 
 LARGEST = 1024  # pixels along a side of a map; larger ones are thinned out
+POINTS = 2000  # of a curve; longer ones are drawn as means of bins
+FEW = 50  # points of a curve that are drawn as such
+OUTLIER = 20.0  # times the median: a value that makes an axis logarithmic where that is left open
 
 
 def loss_curves(
@@ -34,9 +38,8 @@ def loss_curves(
     figure, axes = _figure(8, 3.6)
     for name, rows in runs.items():
         for key in keys:
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             label = " ".join(part for part in (name, key if len(keys) > 1 else "") if part)
-            _curve(axes, np.array(points, dtype=np.float64).reshape(-1, 2), plain(label))
+            _curve(axes, _points(rows, key), plain(label))
     axes.set(xlabel="step", ylabel=title)
     axes.grid(alpha=0.3)
     if axes.lines:
@@ -44,13 +47,107 @@ def loss_curves(
     return png(figure)
 
 
-def _curve(axes: Axes, points: NDArray[np.float64], label: str) -> None:
-    """A smooth line through the values of `points` [N, 2] over a faint one of all of them."""
-    window = max(1, len(points) // 40)
-    (line,) = axes.plot(points[:, 0], points[:, 1], alpha=0.3 if window > 1 else 1, label=None if window > 1 else label)
+@dataclass(frozen=True)
+class Panel:
+    """One of several curve pictures above each other.
+
+    `title` of the vertical axis; `keys` of metrics.jsonl to draw; `scale`: `linear` from 0 on, `percent` of shares 0 to
+    1, `log`, or `auto`, which is logarithmic where single values would hide all others. `marks`: name -> steps to mark.
+    `smooth`: with a running mean over the values.
+    """
+
+    title: str
+    keys: Sequence[str]
+    scale: str = "linear"
+    marks: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    smooth: bool = True
+
+
+def panels(rows: Sequence[Mapping[str, Any]], wanted: Sequence[Panel]) -> bytes:
+    """Curves over a common axis of steps, a panel above the other.
+
+    Args:
+        rows: at least one line of metrics.jsonl; lines without a key, or with null for it, are passed over.
+        wanted: at least one.
+    """
+    figure = Figure(figsize=(9, 0.5 + 2.7 * len(wanted)), layout="constrained")
+    grid = figure.subplots(len(wanted), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, panel in zip(grid, wanted, strict=True):
+        curves = {key: _points(rows, key) for key in panel.keys}
+        for key, points in curves.items():
+            _curve(axes, points, plain(key), panel.smooth)
+        axes.set_ylabel(panel.title)
+        _scale(axes, panel.scale, np.concatenate([points[:, 1] for points in curves.values()]))
+        for number, (name, steps) in enumerate(panel.marks.items()):
+            if steps:
+                place, colour = axes.get_xaxis_transform(), ("tab:red", "black")[number % 2]
+                heights = np.full(len(steps), 0.03 + 0.05 * number)
+                axes.plot(steps, heights, "|^"[number % 2], color=colour, transform=place, label=plain(name))
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1] and (len(panel.keys) > 1 or any(panel.marks.values())):
+            axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    grid[-1].set(xlabel="step", xlim=(0, 1.03 * rows[-1]["step"]))
+    grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return png(figure)
+
+
+def _scale(axes: Axes, scale: str, values: NDArray[np.float64]) -> None:
+    """Sets the vertical axis of what shows `values` [N]."""
+    positive = len(values) > 0 and bool((values > 0).all())
+    if positive and (scale == "log" or (scale == "auto" and values.max() > OUTLIER * np.median(values))):
+        axes.set_yscale("log")
+    elif scale in ("linear", "percent"):
+        axes.set_ylim(bottom=0)
+    if scale == "percent":
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+
+
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
+    """Step and value of the lines that have a finite number for a key: [N, 2]."""
+    found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    points = np.array(found, dtype=np.float64).reshape(-1, 2)
+    return points[np.isfinite(points[:, 1])]
+
+
+def thinned(points: NDArray[np.float64], most: int = POINTS) -> NDArray[np.float64]:
+    """At most `most` bins of `points` [N, 2] (step, value): [M, 4] of mean step, mean, least and largest value.
+
+    Bins hold as many points each, but for one; so a single spike still is the largest value of its bin.
+    """
+    edges = np.linspace(0, len(points), min(most, len(points)), endpoint=False).astype(np.int64)
+    if not len(edges):
+        return np.empty((0, 4))
+    counts = np.diff([*edges, len(points)])[:, None]
+    least, largest = (over.reduceat(points[:, 1], edges) for over in (np.minimum, np.maximum))
+    return np.column_stack([np.add.reduceat(points, edges) / counts, least, largest])
+
+
+def _curve(axes: Axes, points: NDArray[np.float64], label: str, smooth: bool = True) -> None:
+    """A smooth line through the values of `points` [N, 2] over a faint one of them, or of bins and their band."""
+    window = max(1, min(len(points), POINTS) // 40) if smooth else 1
+    bins = thinned(points)
+    faint, name = (0.3, None) if window > 1 else (1, label)
+    marker = "." if len(points) < FEW else ""
+    (line,) = axes.plot(bins[:, 0], bins[:, 1], alpha=faint, label=name, marker=marker)
+    if len(points) > len(bins):
+        axes.fill_between(bins[:, 0], bins[:, 2], bins[:, 3], color=line.get_color(), alpha=0.3, linewidth=0.5)
     if window > 1:
-        mean = np.convolve(points[:, 1], np.full(window, 1 / window), mode="valid")
-        axes.plot(points[window - 1 :, 0], mean, color=line.get_color(), label=label)
+        mean = np.convolve(bins[:, 1], np.full(window, 1 / window), mode="valid")
+        steps = bins[(window - 1) // 2 :, 0][: len(mean)]
+        axes.plot(steps, mean, color=line.get_color(), label=label)
+
+
+def shares(parts: Mapping[str, float], unit: str) -> bytes:
+    """A horizontal bar for each part of a whole, with its size and its share of all, the first on top."""
+    figure, axes = _figure(8, 0.8 + 0.4 * len(parts))
+    whole = sum(parts.values()) or 1.0
+    bars = axes.barh([plain(name) for name in parts], list(parts.values()))
+    axes.bar_label(bars, [f" {value:.3g} {unit}, {value / whole:.0%}" for value in parts.values()])
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.margins(x=0.2)
+    axes.grid(axis="x", alpha=0.3)
+    return png(figure)
 
 
 @dataclass(frozen=True)

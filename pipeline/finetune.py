@@ -22,7 +22,8 @@ from pipeline.loop import Hook, Losses, Objective, train
 from pipeline.metrics import scores
 from pipeline.model.cmss import hidden_tokens
 from pipeline.model.keyed import hash64
-from pipeline.ranks import from_environment, init
+from pipeline.ranks import Ranks, from_environment, init
+from pipeline.rollback import until_done
 from pipeline.run import Run, build_engine, build_model, open_run
 from pipeline.scoring import confusion
 from shards.manifest import Selection, select
@@ -41,9 +42,14 @@ def finetune(config: FinetuneConfig) -> Path:
     Raises:
         Stopped: a signal asked for it, after saving.
         ValueError: config, data and what is in the run folder do not fit; the message says how.
+        NotTraining: losses or gradients are not finite, also after going back and on past their data.
     """
     ranks = from_environment()
     init(ranks)
+    return until_done(lambda config: _finetune(config, ranks), config, ranks.rank)
+
+
+def _finetune(config: FinetuneConfig, ranks: Ranks) -> Path:
     selection = labelled(config)
     run, start = open_run(config, selection, ranks, config.checkpoint)
     if start.step == config.steps:

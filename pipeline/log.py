@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from pipeline.trackers import Tracker
 
 METRICS = "metrics.jsonl"
 CONSOLE_SECONDS = 5.0  # between progress lines where the console cannot overwrite them
@@ -16,9 +19,11 @@ CONSOLE_SECONDS = 5.0  # between progress lines where the console cannot overwri
 class Journal:
     """The metrics file and progress line of a run; rank 0 has one, other ranks none."""
 
-    def __init__(self, run: Path, start: int, steps: int, console: TextIO | None = None) -> None:
+    def __init__(
+        self, run: Path, start: int, steps: int, trackers: Sequence[Tracker] = (), console: TextIO | None = None
+    ) -> None:
         """Go on after step `start` of `steps`: lines of later steps, from before a kill, are dropped."""
-        self._start, self._steps = start, steps
+        self._start, self._steps, self._trackers = start, steps, trackers
         self._began, self._shown = time.monotonic(), float("-inf")
         self._console = console or sys.stderr
         keep_until(run / METRICS, start)
@@ -26,8 +31,10 @@ class Journal:
 
     def write(self, numbers: Mapping[str, Any]) -> None:
         """Record a step; `numbers` has at least step, loss, samples_per_second and data_wait."""
-        self._file.write(json.dumps(numbers) + "\n")
+        self._file.write(json.dumps(numbers, allow_nan=False) + "\n")
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.write(numbers)
         overwrite, done = self._console.isatty(), numbers["step"] >= self._steps
         if not overwrite and not done and time.monotonic() - self._shown < CONSOLE_SECONDS:
             return
@@ -39,16 +46,40 @@ class Journal:
     def close(self) -> None:
         """Close the file and leave the progress line."""
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
         if self._console.isatty():
             self._console.write("\n")
 
     def _line(self, numbers: Mapping[str, Any]) -> str:
         step = int(numbers["step"])
         left = (time.monotonic() - self._began) / max(1, step - self._start) * (self._steps - step)
-        return (
-            f"step {step}/{self._steps}  loss {numbers['loss']:.4f}  {numbers['samples_per_second']:.1f} samples/s  "
-            f"data-wait {100 * numbers['data_wait']:.0f} %  ETA {int(left) // 60}:{int(left) % 60:02d}"
-        )
+        parts = [f"step {step}/{self._steps}", _losses(numbers)]
+        if "lr" in numbers:
+            parts.append(f"lr {numbers['lr']:.1e}")
+        if numbers.get("grad_norm") is not None:
+            parts.append(f"norm {numbers['grad_norm']:.2g}")
+        parts += [f"{numbers['samples_per_second']:.1f} samples/s", f"data-wait {100 * numbers['data_wait']:.0f} %"]
+        if "mfu" in numbers:
+            parts.append(f"MFU {100 * numbers['mfu']:.0f} %")
+        if "memory" in numbers:
+            parts.append(f"{numbers['memory']:.1f} GB")
+        return "  ".join([*parts, f"ETA {_clock(left)}"])
+
+
+def _losses(numbers: Mapping[str, Any]) -> str:
+    """The loss and its parts, or why the step was passed over."""
+    if "skipped" in numbers:
+        return f"passed over: {numbers['skipped']['why']}"
+    parts = ", ".join(f"{name[5:]} {value:.4f}" for name, value in numbers.items() if name.startswith("loss/"))
+    return f"loss {numbers['loss']:.4f}" + (f" ({parts})" if parts else "")
+
+
+def _clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -8,26 +8,37 @@ randomness. So a run goes on exactly from parameters, moments and the step.
 
 from __future__ import annotations
 
+import logging
 import math
+import resource
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.batch import Batch
+from pipeline.diagnosis import diagnose
 from pipeline.engine import Engine
+from pipeline.health import NAMED, Health, recall, suspects
 from pipeline.log import Journal
 from pipeline.model.keyed import hash64
 from pipeline.optim import learning_rate
-from pipeline.ranks import agree
+from pipeline.profiling import phase
+from pipeline.ranks import agree, share
+from pipeline.rollback import BACK, NotTraining, RolledBack, last_good, put_back
 from pipeline.run import Run
 from pipeline.saving import Saver
 from pipeline.signals import Stopped, StopRequest
+from pipeline.trackers import trackers
+from pipeline.watchdog import Watchdog
 from shards.store import StoreError
+
+log = logging.getLogger(__name__)
 
 
 class Losses(NamedTuple):
@@ -45,8 +56,35 @@ Objective = Callable[[Callable[..., Tensor], Batch], Losses]
 Hook = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-class NonFiniteLoss(ArithmeticError):
-    """The loss of a step, or the norm of its gradient, is not a finite number; the last checkpoint is untouched."""
+@dataclass(frozen=True)
+class Work:
+    """What every step of a run needs.
+
+    Attributes:
+        run: what is trained.
+        engine: holds the model.
+        objective: from a batch to losses per sample.
+        batches: this rank's micro-batches, from the next step on.
+        health: judges losses.
+    """
+
+    run: Run
+    engine: Engine
+    objective: Objective
+    batches: Iterator[Batch]
+    health: Health
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean loss of a micro-batch."""
+        return self.objective(self.engine, batch).total.mean()
+
+
+class Outcome(NamedTuple):
+    """A step: its line for metrics.jsonl, this rank's micro-batches, and why it failed if it did."""
+
+    line: dict[str, Any]
+    batches: Sequence[Batch]
+    failure: str | None = None
 
 
 def train(
@@ -64,22 +102,35 @@ def train(
 
     Raises:
         Stopped: a signal asked for it; all ranks saved the same step.
-        NonFiniteLoss: the loss became NaN or infinite.
+        RolledBack: steps went wrong; the run is put back and can be entered again.
+        NotTraining: they did so again, or before there was any checkpoint.
     """
     config, saver = run.config, Saver(run, engine)
-    journal = Journal(run.folder, start, config.steps) if run.ranks.rank == 0 else None
+    journal = Journal(run.folder, start, config.steps, trackers(run, start)) if run.ranks.rank == 0 else None
+    work = Work(run, engine, objective, batches, recall(config.guard, run.folder, run.ranks))
+    stacks = run.folder / "logs" / f"stacks-rank-{run.ranks.rank}.txt"
     try:
-        with StopRequest() as request:
+        with StopRequest() as request, Watchdog(config.guard.hang_s, stacks) as watchdog:
             for step in range(start, config.steps):
-                numbers = _step(run, engine, objective, batches, step)
-                for hook in hooks:
-                    numbers |= hook(numbers)
+                began = time.monotonic()
+                outcome = take_step(work, step)
+                numbers = outcome.line
+                if not outcome.failure:
+                    for hook in hooks:
+                        watchdog.beat()
+                        numbers |= hook(numbers)
+                numbers |= saver.budget(time.monotonic() - began)
+                if outcome.failure:
+                    _go_back(work, saver, outcome, journal)
                 if journal:
-                    journal.write(numbers | {"saving": saver.seconds})
+                    journal.write(numbers)
                 saver.written()
                 last, stop, best = step + 1 == config.steps, agree(request.requested), saver.improves(numbers)
-                if last or stop or best or (step + 1) % config.checkpoint_every == 0:
+                # While steps are passed over, the parameters may be what is wrong.
+                due = (best or (step + 1) % config.checkpoint_every == 0) and "skipped" not in numbers
+                if last or stop or due:
                     saver.save(step + 1, numbers, best)
+                watchdog.beat()
                 if stop and not last:
                     break
             saver.close()
@@ -94,49 +145,130 @@ def train(
             journal.close()
 
 
-def _step(run: Run, engine: Engine, objective: Objective, batches: Iterator[Batch], step: int) -> dict[str, Any]:
-    """One global batch and one update; the step's line for metrics.jsonl."""
-    config, began, waited = run.config, time.monotonic(), 0.0
-    sums: dict[str, Tensor] = {}
-    keys: list[str] = []
-    digest = torch.zeros((), dtype=torch.int64)
-    for _ in range(engine.accumulation):
-        asked = time.monotonic()
-        batch = next(batches)
-        waited += time.monotonic() - asked
-        batch = batch.to(engine.device)
-        losses = objective(engine, batch)
-        engine.backward(losses.total.mean())
-        keys += batch.keys
-        digest += digest_of(batch, losses.hidden)
-        for name, values in {"loss": losses.total, **{f"loss/{k}": part for k, part in losses.parts.items()}}.items():
-            sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
-    means = _mean_over_ranks(sums, config.batch.global_batch)
-    if not math.isfinite(means["loss"]):
-        raise NonFiniteLoss(
-            f"step {step + 1}: loss {means['loss']}; on rank {run.ranks.rank} the loss of {', '.join(keys)} summed to "
-            f"{float(sums['loss'])}. Lower optim.lr, or look at these samples with `mcf shards show`"
-        )
+def take_step(work: Work, step: int) -> Outcome:
+    """One global batch and one update; or none, where `Health` says that the loss is not to be trained on. Collective.
+
+    No micro-batch's gradient is made before all ranks know that its loss is finite; the whole batch's loss is judged
+    before the last one's.
+    """
+    run, engine, config, began = work.run, work.engine, work.run.config, time.monotonic()
+    tally, why, taken = Tally(), None, list[Batch]()
+    for number in range(engine.accumulation):
+        with phase("data"):
+            asked = time.monotonic()
+            taken.append(next(work.batches))
+            tally.waited += time.monotonic() - asked
+            batch = taken[-1].to(engine.device)
+        with phase("forward"), torch.set_grad_enabled(why is None):
+            losses = work.objective(engine, batch)
+            tally.add(batch, losses)
+        with phase("communication"):
+            means = tally.means(run.ranks.world)
+        why = why or work.health.verdict(means["loss"], number + 1 == engine.accumulation)
+        if why is None:
+            good = batch
+            with phase("backward"):
+                engine.backward(losses.total.mean())
     seen = step * config.batch.global_batch
     lr = learning_rate(config.optim, seen, config.steps * config.batch.global_batch)
-    norm = engine.step(lr)
-    if not math.isfinite(norm) and config.engine.precision != "fp16":  # where loss scaling finds its scale that way
-        raise NonFiniteLoss(
-            f"step {step + 1}: the gradient's norm is {norm}, though the loss is {means['loss']:.4f}; on rank "
-            f"{run.ranks.rank} the samples were {', '.join(keys)}. Lower optim.lr, or go on from a checkpoint before"
-        )
+    norm = None
+    if why:
+        engine.drop(lambda: work.loss(good))
+    else:
+        with phase("optimiser"):
+            norm = engine.step(lr)
+    with phase("communication"):
+        digest = _over_ranks(tally.digest)
     seconds = time.monotonic() - began
-    return {
+    line = {
         "step": step + 1,
         "samples": seen + config.batch.global_batch,
         "position": seen + config.batch.global_batch,
-        **means,
+        **{name: value if math.isfinite(value) else None for name, value in means.items()},
         "lr": lr,
-        "grad_norm": norm,
-        "digest": _over_ranks(digest),
+        "grad_norm": norm if norm is not None and math.isfinite(norm) else None,
+        "digest": digest,
         "samples_per_second": config.batch.global_batch / seconds,
-        "data_wait": waited / seconds,
+        "samples_per_second_per_device": config.batch.global_batch / seconds / run.ranks.world,
+        "data_wait": tally.waited / seconds,
+        "memory": peak_memory(engine.device) / 1e9,
     }
+    return _judged(work, Outcome(line, taken), tally, why, norm)
+
+
+def _judged(work: Work, outcome: Outcome, tally: Tally, why: str | None, norm: float | None) -> Outcome:
+    """The outcome with what was passed over, how often that has happened, and whether the step has failed."""
+    line, failure = outcome.line, None
+    if why:
+        line["skipped"] = {"why": why, "samples": suspects(tally.losses)}
+        _tell(work.run, f"step {line['step']} passed over: {why}; {_named(line['skipped']['samples'])}")
+    elif norm is not None and not math.isfinite(norm) and work.run.config.engine.precision != "fp16":
+        # In fp16 loss scaling finds its scale that way.
+        failure = f"the gradient's norm is {norm}, though the loss is {line['loss']:.4f}"
+    work.health.note(line)
+    if work.health.exhausted:
+        failure = f"{work.health.in_row} steps in a row were passed over, the last for its {why}"
+    line |= {"skips": work.health.skips, "rollbacks": work.health.rollbacks}
+    return outcome._replace(failure=failure)
+
+
+def _named(samples: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"rank {rank}: {', '.join(keys)}" for rank, keys in samples.items())
+
+
+def _tell(run: Run, text: str) -> None:
+    if run.ranks.rank == 0:
+        log.warning("%s", text)
+
+
+def _go_back(work: Work, saver: Saver, outcome: Outcome, journal: Journal | None) -> None:
+    """Put the run back to its last good checkpoint, past the data of the failed step. Collective.
+
+    Raises:
+        RolledBack: done.
+        NotTraining: there is none, or it has been gone back to already.
+    """
+    run, line = work.run, outcome.line
+    found = diagnose(work.engine, work.loss, outcome.batches)
+    saver.wait()
+    target = share(last_good(run) if run.ranks.rank == 0 else None)
+    report = f"step {line['step']}: {outcome.failure}. The first values that are not finite: {found}"
+    if target is None or target[1]:
+        keys = [key for batch in outcome.batches for key in batch.keys]
+        before = f"it had gone on from step {target[0]} already" if target else "there is no checkpoint to go back to"
+        raise NotTraining(
+            f"{report}. {before}, so the run stops. Lower optim.lr, or look at the samples with `mcf shards show`: "
+            f"{', '.join(keys[:NAMED])}"
+        )
+    line |= {BACK: target[0], "rollbacks": line["rollbacks"] + 1}
+    if journal:
+        journal.write(line)
+        put_back(run, target[0], line)
+    agree(False)  # nobody reads it before it is written
+    raise RolledBack(f"{report}. Going on from the parameters of step {target[0]}, past these data")
+
+
+class Tally:
+    """What a step has met so far on this rank: losses of its samples, and a hash of them."""
+
+    def __init__(self) -> None:
+        self.losses: list[tuple[str, Tensor]] = []
+        self.digest = torch.zeros((), dtype=torch.int64)
+        self.waited = 0.0  # seconds for data
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, batch: Batch, losses: Losses) -> None:
+        """Take in a micro-batch."""
+        self.losses += zip(batch.keys, losses.total.detach(), strict=True)
+        self.digest += digest_of(batch, losses.hidden)
+        for name, values in {"loss": losses.total, **{f"loss/{k}": part for k, part in losses.parts.items()}}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + values.detach().double().sum()
+
+    def means(self, world: int) -> dict[str, float]:
+        """Means over the samples of all ranks. Collective."""
+        total = torch.stack(list(self._sums.values()))
+        torch.distributed.all_reduce(total)
+        return dict(zip(self._sums, (total / (len(self.losses) * world)).tolist(), strict=True))
 
 
 def digest_of(batch: Batch, hidden: Tensor | None) -> Tensor:
@@ -155,8 +287,8 @@ def _over_ranks(digest: Tensor) -> str:
     return f"{int(total) % 2**64:016x}"
 
 
-def _mean_over_ranks(sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
-    """Sums of all ranks, divided by the number of samples in the global batch."""
-    total = torch.stack(list(sums.values()))
-    torch.distributed.all_reduce(total)
-    return dict(zip(sums, (total / count).tolist(), strict=True))
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: on a GPU by torch, elsewhere by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

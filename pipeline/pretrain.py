@@ -25,7 +25,8 @@ from pipeline.figures import Reconstruction, reconstructions
 from pipeline.loop import Hook, Losses, Objective, train
 from pipeline.model import cmss
 from pipeline.model.keyed import hash64
-from pipeline.ranks import from_environment, init
+from pipeline.ranks import Ranks, from_environment, init
+from pipeline.rollback import until_done
 from pipeline.run import Run, build_engine, build_model, open_run
 from shards.contract import Contract
 from shards.manifest import select
@@ -44,9 +45,14 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises:
         Stopped: a signal asked for it, after saving.
         ValueError: config, data and what is in the run folder do not fit; the message says how.
+        NotTraining: losses or gradients are not finite, also after going back and on past their data.
     """
     ranks = from_environment()
     init(ranks)
+    return until_done(lambda config: _pretrain(config, ranks), config, ranks.rank)
+
+
+def _pretrain(config: PretrainConfig, ranks: Ranks) -> Path:
     selection = select(config.data, modalities=config.sensors, where=config.where)
     # A pretrained model has no classes, whatever labels lie beside its samples.
     selection = replace(selection, contract=replace(selection.contract, classes=None))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 LOOPBACK = "127.0.0.1"
+LEAD = "MCF_SIGNAL_DELAY_S"  # set by whoever starts a rank and will end it after a signal
 
 T = TypeVar("T")
 
@@ -193,6 +194,12 @@ def _threads(ranks: Ranks) -> int:
     return max(1, cores)
 
 
+def notice() -> float | None:
+    """Returns how many seconds before the end a signal announces it (LEAD), None where nobody has said."""
+    text = os.environ.get(LEAD)
+    return float(text) if text else None
+
+
 def device(ranks: Ranks) -> torch.device:
     """Returns the device of this rank: its GPU, or the CPU where there is none.
 
@@ -258,6 +265,30 @@ def share(value: T | None) -> T:
     if distributed.is_initialized():
         distributed.broadcast_object_list(values, 0)
     return cast("T", values[0])
+
+
+def added_up(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Returns the sums over all ranks, which give the same names. Collective."""
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return dict(numbers)
+    on = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(list(numbers.values()), dtype=torch.float64, device=on)
+    distributed.all_reduce(total)
+    return dict(zip(numbers, total.tolist(), strict=True))
+
+
+def everyone(value: T) -> list[T]:
+    """Returns what each rank gives, by rank. Collective; for small values that pickle can carry."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return [value]
+    values: list[T | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return cast("list[T]", values)
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,7 @@ from pipeline.log import METRICS
 from pipeline.model.convert import convert
 from pipeline.model.mcf_mamba import MCFMamba
 from pipeline.ranks import Ranks, broadcast, share
+from pipeline.starts import count_start
 from shards.contract import Contract, ContractError, compare
 from shards.manifest import Selection, differences
 from shards.store import Store, open_store
@@ -112,7 +113,7 @@ def open_run(config: Training, selection: Selection, ranks: Ranks, named: str | 
         named: run, checkpoint or release that the config names.
 
     Raises:
-        ConfigError: the folder belongs to a run of another config or of other data.
+        ConfigError: the folder belongs to a run of another config or of other data, or was started too often in vain.
         CheckpointError: `named` is no checkpoint, or none of the run's own can be read.
         ContractError: the named checkpoint and the data mean different things.
     """
@@ -125,7 +126,10 @@ def open_run(config: Training, selection: Selection, ranks: Ranks, named: str | 
     if ranks.rank == 0:
         print(f"{config.run} starts from {source.address if source else 'scratch'}", file=sys.stderr)
     run = Run(Path(config.run), config, contract, selection.fingerprint, ranks, selection.identity)
-    return run, Start(source, own is not None)
+    start = Start(source, own is not None)
+    if ranks.rank == 0 and start.step < config.steps:
+        count_start(run.store, start.step, config.guard.starts)
+    return run, start
 
 
 def is_public(named: str) -> bool:

@@ -8,6 +8,7 @@ step.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ import torch
 from pipeline import checkpoint
 from pipeline.engine import Engine, State
 from pipeline.log import METRICS
-from pipeline.ranks import share
+from pipeline.ranks import notice, share
 from pipeline.run import CONFIG, Run, facts
 
 if TYPE_CHECKING:
@@ -28,11 +29,16 @@ log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Writes a run's checkpoints. `seconds` counts how long training was held up, all in all."""
+    """Writes a run's checkpoints.
+
+    `seconds` counts how long training was held up, all in all; `slowest` is the longest from the beginning of a save
+    to its end on the disk, on rank 0.
+    """
 
     def __init__(self, run: Run, engine: Engine) -> None:
         """Collective."""
-        self.run, self.engine, self.seconds = run, engine, 0.0
+        self.run, self.engine, self.seconds, self.slowest = run, engine, 0.0, 0.0
+        self._longest, self._warned = 0.0, False
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         metric = run.config.keep_best
@@ -56,8 +62,28 @@ class Saver:
         state = self.engine.gather()
         if state:
             record = facts(self.run, step, cast("MCFMamba", self.engine.module)) | {"metrics": dict(numbers)}
-            self._writing = self._pool.submit(self._write, state, record, best)
+            self._writing = self._pool.submit(self._write, state, record, best, began)
         self.seconds += time.monotonic() - began
+
+    def budget(self, seconds: float) -> dict[str, float]:
+        """What metrics.jsonl says of saving after a step that took so many seconds, all that comes with it included.
+
+        `saving`: see `seconds`. `save_budget`: how long before the end a signal must come, so that the longest step,
+        a checkpoint under way and the one of the stop still fit; once a checkpoint was written. A shorter notice
+        (`ranks.notice`) is warned of.
+        """
+        self._longest = max(self._longest, seconds)
+        if not self.slowest:
+            return {"saving": self.seconds}
+        budget = self._longest + 2 * self.slowest
+        given = notice()
+        if given is not None and budget > given and not self._warned:
+            self._warned = True
+            log.warning(
+                "stopping may take %.0f s (a step %.0f s, a checkpoint %.0f s), but the signal comes %.0f s before the "
+                "end: write signal_delay_s: %d", budget, self._longest, self.slowest, given, math.ceil(2 * budget),
+            )  # fmt: skip
+        return {"saving": self.seconds, "save_budget": budget}
 
     def written(self) -> bool:
         """Whether nothing is being written now; what a write has failed with is raised."""
@@ -82,7 +108,7 @@ class Saver:
         if metric and self._best is None and self.run.ranks.rank == 0:
             log.warning("keep_best: no step of this run had the metric %r", metric)
 
-    def _write(self, state: State, record: Mapping[str, Any], best: bool) -> None:
+    def _write(self, state: State, record: Mapping[str, Any], best: bool, began: float) -> None:
         config, store = self.run.config, self.run.store
         if config.store:
             for name in (CONFIG, METRICS):
@@ -91,3 +117,4 @@ class Saver:
         if best:
             checkpoint.point(store, checkpoint.BEST, record["step"])
         checkpoint.prune(store, config.keep, config.keep_every)
+        self.slowest = max(self.slowest, time.monotonic() - began)

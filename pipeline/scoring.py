@@ -52,7 +52,7 @@ def confusion(
         raise ContractError("the data have no classes: scoring needs labelled samples")
     count, ignore = len(contract.classes.names), contract.classes.ignore
     matrix = torch.zeros(count, count, dtype=torch.int64, device=device)
-    for batch, counted in _equally_many(selection, contract, size, ranks):
+    for batch, counted in equally_many(selection, contract, size, ranks):
         batch = batch.to(device)
         predicted = classify(model, batch).argmax(1)
         if batch.label is None:
@@ -64,7 +64,7 @@ def confusion(
     return matrix.cpu().numpy()
 
 
-def _equally_many(selection: Selection, contract: Contract, size: int, ranks: Ranks) -> Iterator[tuple[Batch, bool]]:
+def equally_many(selection: Selection, contract: Contract, size: int, ranks: Ranks) -> Iterator[tuple[Batch, bool]]:
     """This rank's batches and whether they count: ranks with fewer repeat one, since ZeRO 3's forward is collective."""
     stream = Stream(selection, 0, 1, Share(ranks.world, ranks.world, ranks.rank))
     number = 0

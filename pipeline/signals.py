@@ -13,6 +13,9 @@ from types import FrameType, TracebackType
 EXIT_STOPPED = 85
 """Exit code of a rank that was told to stop, saved and ended: neither success nor failure, it can go on."""
 
+EXIT_HUNG = 86
+"""Exit code of a rank that made no step for too long and ended itself: to be started again."""
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 

@@ -87,6 +87,36 @@ class Fails:
                 time.sleep(0.05)
 
 
+@dataclass(frozen=True)
+class Hangs:
+    """Rank 1 of 2, or the only one, makes no second step: for ever, or in its first attempt only."""
+
+    folder: Path
+    attempts: int
+
+    def __call__(self) -> Path:
+        """Adds up once, then hangs or adds up once more."""
+        import torch
+
+        from pipeline.watchdog import Watchdog
+
+        place = ranks.from_environment()
+        ranks.init(place)
+        if place.rank == 0:
+            counter = self.folder / "starts"
+            counter.write_text(str(int(counter.read_text()) + 1 if counter.exists() else 1))
+        total = torch.tensor(place.rank + 1)
+        with Watchdog(2.0, self.folder / f"stacks-{place.rank}"):
+            ranks.everyone(place.rank)
+            attempt = int((self.folder / "starts").read_text())
+            if attempt <= self.attempts and place.rank == place.world - 1:
+                time.sleep(600)
+            if place.world > 1:
+                torch.distributed.all_reduce(total)
+        (self.folder / "ended").write_text(str(attempt))
+        return self.folder
+
+
 def main() -> int:
     """Runs one rank of a stage; returns its exit code."""
     parser = argparse.ArgumentParser()
@@ -97,6 +127,8 @@ def main() -> int:
     stages: dict[str, Callable[[], object]] = {
         "adds-up": AddUp(given.folder, steps=40, seconds=0.1),
         "fails": Fails(given.folder),
+        "hangs": Hangs(given.folder, attempts=99),
+        "hangs-once": Hangs(given.folder, attempts=1),
         "fails-stubbornly": Fails(given.folder, stubborn=True),
     }
     return run_rank(stages[given.name], given.parent)

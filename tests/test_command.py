@@ -138,6 +138,7 @@ def test_a_build_that_skipped_files_is_finished_named_and_not_called_a_success(t
             "mcf: --on slurm given; --resume-check runs",
         ),
         (["finetune", "demo-finetune", "steps=3", "--resume-check"], "mcf: steps: 3 given; --resume-check needs"),
+        (["pretrain", "demo-pretrain", "--resume-check", "--profile"], "mcf: --profile and --resume-check given"),
         (["predict", "nowhere", "--scene", "s1", "--out", "m.tif"], "mcf: --scene 's1': write SENSOR=PATH"),
     ],
 )
@@ -171,6 +172,37 @@ def test_a_resume_check_is_for_what_trains(
     with pytest.raises(SystemExit) as ended:
         command.main(["evaluate", "evaluate", "--resume-check"])
     assert ended.value.code == 2
+
+
+def test_a_profile_is_a_short_run_beside_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old, begun = tmp_path / "mine-profile/old.txt", []
+    old.parent.mkdir()
+    old.write_text("")
+    for stage in ("pretrain", "finetune"):
+        for where in ("here", "local", "slurm"):
+            assert command.main([stage, f"demo-{stage}", "run=mine", "--profile", "--on", where, "--dry-run"]) == 0
+            told = capsys.readouterr().out
+            assert "run: mine-profile\n" in told and "steps: 8\n" in told
+            assert ("#SBATCH" in told) == (where == "slurm")
+    monkeypatch.setattr("launchers.local.run", lambda config, processes, logs: begun.append((config, logs)) or 0)
+    monkeypatch.setattr("launchers.slurm.submit", lambda config, where, logs: begun.append((config, logs)) or "17")
+    line = ["pretrain", "demo-pretrain", "run=mine", "--profile", "--on"]
+    assert command.main([*line, "local"]) == 1 and old.exists() and begun == []
+    assert "mine-profile is in the way and holds no run" in capsys.readouterr().err
+    (old.parent / "config.yaml").write_text("")
+    assert command.main([*line, "local"]) == 0 and not old.exists()
+    assert capsys.readouterr().out == "where a step goes: mine-profile/profile/summary.html\n"
+    assert command.main([*line, "slurm"]) == 0
+    told = capsys.readouterr().out
+    assert told == "17\nwhen the job is done, where a step goes: mine-profile/profile/summary.html\n"
+    assert [(config.run, config.profile, str(logs)) for config, logs in begun] == 2 * [
+        ("mine-profile", 5, "mine-profile/logs")
+    ]
+    with pytest.raises(SystemExit):
+        command.main(["evaluate", "evaluate", "--profile"])
 
 
 def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def column(run: Path, name: str) -> list[Any]:
-    return [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]
+def column(run: Path, name: str, *default: Any) -> list[Any]:
+    return [dict.pop(json.loads(line), name, *default) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run: Path) -> list[float]:
@@ -96,6 +96,21 @@ def test_resume_is_exact(runs: Path) -> None:
     for file in ("model.safetensors", "average.safetensors", "optimizer.safetensors"):
         again, whole = weights(runs / "resumed", file), weights(runs / "whole", file)
         assert all(torch.equal(again[name], whole[name]) for name in whole) and len(again) == len(whole)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_step_passed_over_updates_nothing_under_any_zero_stage(runs: Path, zero: int) -> None:
+    run = runs / f"poisoned{zero}"
+    skipped = column(run, "skipped", None)
+    assert skipped[:2] == skipped[3:] == [None, None]
+    assert skipped[2]["why"] == "loss nan" and list(skipped[2]["samples"]) == ["1"], "rank and keys are named"
+    assert column(run, "digest") == column(runs / "whole", "digest"), "the data go on"
+    found, first = losses(run), losses(runs / "poisoned0")
+    assert found[:2] == pytest.approx(losses(runs / "whole")[:2], rel=SAME) and found[2] is None
+    assert found[3:] == pytest.approx(first[3:], rel=SAME)
+    assert found[3:] != pytest.approx(losses(runs / "whole")[3:], rel=1e-3), "as if it had been trained on"
+    state = json.loads((run / "checkpoints/step-000005/state.json").read_text())
+    assert state["updates"] == 4
 
 
 @pytest.mark.parametrize("other", ["zero0-from-1", "zero3-from-1", "alone-from-two", "four-from-two"])

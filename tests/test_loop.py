@@ -17,7 +17,7 @@ from pipeline.batch import Batch
 from pipeline.config import BatchSize, Training
 from pipeline.engine import Engine
 from pipeline.log import Journal
-from pipeline.loop import Losses, NonFiniteLoss, train
+from pipeline.loop import Losses, train
 from pipeline.model.config import ModelConfig
 from pipeline.ranks import Ranks, init
 from pipeline.run import Run
@@ -51,7 +51,7 @@ def objective(model: Any, batch: Batch) -> Losses:
 def prepare(folder: Path, **changes: Any) -> tuple[Run, Engine]:
     init(Ranks())
     batch = {"global_batch": GLOBAL_BATCH, "micro_batch": MICRO}
-    settings: Training = config(folder, "run", steps=STEPS, batch=batch, **changes)
+    settings: Training = config(folder, "run", **{"steps": STEPS, "batch": batch, "track": [], **changes})
     (folder / "run").mkdir()
     torch.manual_seed(0)
     engine = Engine(Linear(1, 3), settings.optim, settings.engine, BatchSize(**batch), Ranks())
@@ -119,18 +119,6 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(loop, "agree", lambda flag: next(answers))
     train(run, engine, objective, batches(), 0)
     assert (run.folder / "latest").read_text().strip() == "step-000004"
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_does_harm(tmp_path: Path) -> None:
-    run, engine = prepare(tmp_path, checkpoint_every=1)
-
-    def broken(model: Any, batch: Batch) -> Losses:
-        losses = objective(model, batch)
-        return losses._replace(total=losses.total * float("nan")) if 9 in batch.positions else losses
-
-    with pytest.raises(NonFiniteLoss, match=r"step 3: loss nan; on rank 0 the loss of s8, s9, s10, s11"):
-        train(run, engine, broken, batches(), 0)
-    assert (run.folder / "latest").read_text().strip() == "step-000002"
 
 
 def line(step: int) -> dict[str, Any]:

@@ -16,12 +16,14 @@ import torch.distributed
 
 import configs
 from pipeline import loop
+from pipeline import pretrain as pretrain_stage
 from pipeline.pretrain import pretrain
 from pipeline.ranks import from_environment
 from pipeline.signals import Stopped
 
 STEPS, STOP, GLOBAL_BATCH = 5, 3, 4
 EMA = 0.9
+POISON = 11
 
 
 def config(folder: Path, run: str, **changes: Any) -> Any:
@@ -51,6 +53,22 @@ def stop_after(settings: Any, step: int) -> None:
     raise AssertionError("the run was not stopped")
 
 
+def poisoned(original: Any, positions: set[int]) -> Any:
+    """`pipeline.pretrain.objective`, with a loss of NaN for the samples at these positions."""
+
+    def objective(*arguments: Any) -> Any:
+        inner = original(*arguments)
+
+        def losses(model: Any, batch: Any) -> Any:
+            found = inner(model, batch)
+            bad = torch.tensor([position in positions for position in batch.positions.tolist()])
+            return found._replace(total=torch.where(bad, float("nan"), found.total))
+
+        return losses
+
+    return objective
+
+
 def copy(source: Path, target: Path) -> None:
     """Copy a run folder once all ranks are done with it, before any goes on."""
     torch.distributed.barrier()
@@ -73,6 +91,11 @@ def two(folder: Path) -> None:
     stop_after(config(folder, "zero3-from-1", engine={"zero": 3}), 1)  # once more, so that ZeRO 3 writes one too
     pretrain(config(folder, "zero3-from-1", engine={"zero": 3}))
     pretrain(config(folder, "bf16", engine={"precision": "bf16"}))
+    # The second micro-batch of rank 1 in step 3, after two ranks have made gradients of the first.
+    with mock.patch("pipeline.pretrain.objective", poisoned(pretrain_stage.objective, {POISON})):
+        for zero in (0, 1, 2, 3):
+            batch = {"global_batch": GLOBAL_BATCH, "micro_batch": 1}
+            pretrain(config(folder, f"poisoned{zero}", engine={"zero": zero}, batch=batch))
 
 
 def four(folder: Path) -> None:

@@ -36,6 +36,8 @@ class LayerNorm(KeepPrecision, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
+        if x.is_meta:  # which torch.autocast does not know
+            return super().forward(x)
         wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         with torch.autocast(x.device.type, enabled=False):
             y = F.layer_norm(wide, self.normalized_shape, self.weight, self.bias, self.eps)

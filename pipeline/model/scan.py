@@ -94,13 +94,15 @@ def ss2d_scan(
 
     Returns:
         y [B, H, W, D], float32, or float64 if x is float64. NaN and inf spread as the recurrence spreads
-        them.
+        them. On the meta device its shape alone.
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
     """
     _check_shapes(x, delta, A, B, C, D, delta_bias)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.is_meta:
+        return torch.empty_like(x, dtype=dtype)
     function: ScanFunction = importlib.import_module(BACKENDS[resolve(backend, x.device, dtype)]).scan
     with torch.autocast(x.device.type, enabled=False):
         return function(*(tensor.to(dtype) for tensor in (x, delta, A, B, C, D, delta_bias)))

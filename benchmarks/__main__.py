@@ -14,6 +14,7 @@ from benchmarks.timing import machine
 NAMES = (
     "encoding",
     "engine",
+    "overhead",
     "reading",
     "registration",
     "resuming",

@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.flops import blank, watched
-from pipeline.model import ModelConfig
+from pipeline.flops import watched
+from pipeline.model import MCFMamba, ModelConfig
 from pipeline.model.config import Size
 from shards.order import BLOCK, LANES
 
@@ -136,7 +136,9 @@ class _Operations(TorchDispatchMode):
 @cache
 def count(size: Size, pixels: int = PIXELS) -> Counted:
     """The real model for CMSS of `CHANNELS`, without memory for its numbers, in one forward of one sample."""
-    model, images = blank(ModelConfig(size=size), CHANNELS, sum(CHANNELS.values()), (pixels, pixels))
+    with torch.device("meta"):
+        model = MCFMamba(ModelConfig(size=size), CHANNELS, sum(CHANNELS.values()))
+        images = {name: torch.empty(1, bands, pixels, pixels) for name, bands in CHANNELS.items()}
     flops, operations = FlopCounterMode(display=False), _Operations()
     with watched(model) as scans, torch.no_grad(), flops, operations:
         model(images)

@@ -3,9 +3,8 @@
 Rank 0 speaks to the console. Every rank has a log file, to which a further attempt is appended.
 
 How it ends: a rank that fails takes the others with it (TERM, and KILL when they do not go). Ranks that hung, and ended
-themselves because of it, are started again. INT (Ctrl-C),
-TERM, HUP and USR2 are passed on to the ranks, which then save and end. A second signal means: now, saved or
-not.
+themselves because of it, are started again. INT (Ctrl-C), TERM, HUP and USR2 are passed on to the ranks, which then
+save and end. A second signal means: now, saved or not.
 """
 
 from __future__ import annotations

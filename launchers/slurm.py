@@ -4,7 +4,8 @@ What submitit does by itself is replaced in one point. Its handler of USR2 (sent
 requeues from inside of the signal handler, on rank 0 alone, while the other ranks are in the middle of a
 step; and TERM (sent by `scontrol requeue` and by preemption) it ignores. Here signals are only remembered
 (pipeline.signals): the ranks agree on a step, save, and end; then rank 0 requeues the job if USR2 was the
-cause. After TERM, Slurm itself knows what it wants.
+cause. After TERM, Slurm itself knows what it wants. Ranks that hung have ended themselves with EXIT_HUNG;
+then the batch script requeues.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 from launchers.config import SlurmConfig
 from launchers.job import Job
 from pipeline import ranks
-from pipeline.signals import EXIT_STOPPED, Stopped, StopRequest
+from pipeline.signals import EXIT_HUNG, EXIT_STOPPED, Stopped, StopRequest
 
 PYTHON = f"{shlex.quote(sys.executable)} -P"
 
@@ -120,7 +121,7 @@ def submit_job(job: Callable[[], object], slurm: SlurmConfig, folder: Path, name
         raise SlurmError("there is no sbatch here; submit where Slurm's commands are, such as a login node")
     try:
         executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=slurm.max_requeues, python=PYTHON)
-        executor.update_parameters(**_parameters(slurm, name))
+        executor.update_parameters(**_parameters(slurm, name, folder))
         return str(executor.submit(Task(job, folder, slurm.max_requeues)).job_id)
     except (FailedJobError, FailedSubmissionError) as error:
         raise SlurmError(f"Slurm refused the job: {error}") from error
@@ -129,7 +130,7 @@ def submit_job(job: Callable[[], object], slurm: SlurmConfig, folder: Path, name
 def script(config: Any, slurm: SlurmConfig, folder: Path) -> str:
     """Returns the batch script that `submit` would hand to sbatch; needs no Slurm."""
     command = f"{PYTHON} -u -m submitit.core._submit {shlex.quote(str(_checked(folder)))}"
-    parameters = _parameters(slurm, f"mcf-{config.stage}")
+    parameters = _parameters(slurm, f"mcf-{config.stage}", _checked(folder))
     return _make_sbatch_string(command=command, folder=_checked(folder), **parameters)
 
 
@@ -140,7 +141,7 @@ def _checked(folder: Path) -> Path:
     return folder.expanduser().absolute()
 
 
-def _parameters(slurm: SlurmConfig, name: str) -> dict[str, Any]:
+def _parameters(slurm: SlurmConfig, name: str, folder: Path) -> dict[str, Any]:
     """Returns submitit's parameters; what is None is left to the cluster."""
     asked = {
         "job_name": name,
@@ -153,7 +154,7 @@ def _parameters(slurm: SlurmConfig, name: str) -> dict[str, Any]:
         "partition": slurm.partition,
         "account": slurm.account,
         "signal_delay_s": slurm.signal_delay_s,
-        "setup": [*_environment(), *slurm.setup],
+        "setup": [*_environment(slurm), _requeue_when_hung(slurm, folder), *slurm.setup],
         # srun does not inherit sbatch's cores per task since Slurm 22.05.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={slurm.cpus_per_task}"],
         "additional_parameters": {"requeue": True},
@@ -161,8 +162,17 @@ def _parameters(slurm: SlurmConfig, name: str) -> dict[str, Any]:
     return {key: value for key, value in asked.items() if value is not None}
 
 
-def _environment() -> list[str]:
-    """Returns shell lines: the ranks import this very code, and inherit no place among other ranks."""
+def _environment(slurm: SlurmConfig) -> list[str]:
+    """Returns shell lines: the ranks import this very code, inherit no place, and know how early their signal comes."""
     code = shlex.quote(str(Path(__file__).resolve().parents[1]))
     place = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
-    return [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}", f"unset {place}"]
+    path = f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"
+    return [path, f"unset {place}", f"export {ranks.LEAD}={slurm.signal_delay_s}"]
+
+
+def _requeue_when_hung(slurm: SlurmConfig, folder: Path) -> str:
+    """Returns a shell line: the batch script, which ends as srun does, requeues a job whose ranks hung."""
+    counter = f"{shlex.quote(str(folder))}/$SLURM_JOB_ID.requeues"
+    then = f'n=$(cat {counter} 2>/dev/null || echo 0); [ "$n" -lt {slurm.max_requeues} ]'
+    again = f'echo $((n + 1)) >{counter}; echo "the ranks hung; requeued"; scontrol requeue "$SLURM_JOB_ID"'
+    return f"again() {{ if [ $? -eq {EXIT_HUNG} ] && {then}; then {again}; fi; }}; trap again EXIT"

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
 from shards.contract import Classes, Contract, Modality
@@ -53,7 +53,7 @@ class Panel:
 
     `title` of the vertical axis; `keys` of metrics.jsonl to draw; `scale`: `linear` from 0 on, `percent` of shares 0 to
     1, `log`, or `auto`, which is logarithmic where single values would hide all others. `marks`: name -> steps to mark.
-    `smooth`: with a running mean over the values.
+    `smooth`: with a running median over the values.
     """
 
     title: str
@@ -96,6 +96,11 @@ def _scale(axes: Axes, scale: str, values: NDArray[np.float64]) -> None:
     positive = len(values) > 0 and bool((values > 0).all())
     if positive and (scale == "log" or (scale == "auto" and values.max() > OUTLIER * np.median(values))):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        if values.max() < 30 * values.min():  # where powers of ten alone would be too few
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+        else:
+            axes.yaxis.set_minor_formatter(NullFormatter())
     elif scale in ("linear", "percent"):
         axes.set_ylim(bottom=0)
     if scale == "percent":
@@ -132,9 +137,10 @@ def _curve(axes: Axes, points: NDArray[np.float64], label: str, smooth: bool = T
     if len(points) > len(bins):
         axes.fill_between(bins[:, 0], bins[:, 2], bins[:, 3], color=line.get_color(), alpha=0.3, linewidth=0.5)
     if window > 1:
-        mean = np.convolve(bins[:, 1], np.full(window, 1 / window), mode="valid")
-        steps = bins[(window - 1) // 2 :, 0][: len(mean)]
-        axes.plot(steps, mean, color=line.get_color(), label=label)
+        # The median, since single values far off would be a plateau of the mean.
+        middle = np.median(np.lib.stride_tricks.sliding_window_view(bins[:, 1], window), axis=1)
+        steps = bins[(window - 1) // 2 :, 0][: len(middle)]
+        axes.plot(steps, middle, color=line.get_color(), label=label)
 
 
 def shares(parts: Mapping[str, float], unit: str) -> bytes:

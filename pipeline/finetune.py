@@ -16,12 +16,13 @@ from configs import ConfigError
 from pipeline.augment import augmentation
 from pipeline.batch import Batch, drop_modality
 from pipeline.config import FinetuneConfig
-from pipeline.dataset import traffic, training_batches
+from pipeline.dataset import training_batches
 from pipeline.engine import Engine
 from pipeline.loop import Hook, Losses, Objective, train
 from pipeline.metrics import scores
 from pipeline.model.cmss import hidden_tokens
 from pipeline.model.keyed import hash64
+from pipeline.observing import observed
 from pipeline.ranks import Ranks, from_environment, init
 from pipeline.rollback import until_done
 from pipeline.run import Run, build_engine, build_model, open_run
@@ -62,7 +63,7 @@ def _finetune(config: FinetuneConfig, ranks: Ranks) -> Path:
     stream = Stream(selection, config.seed, config.lanes, share, start.step * config.batch.global_batch, config.reading)
     inputs = run.contract.restrict(selection.contract.sensors)
     batches = training_batches(stream, engine.micro_batch, inputs, augmentation(config), config.reading.threads)
-    hooks = [validation(run, engine, config), traffic(stream)]
+    hooks = observed(run, engine, stream, start.step, [validation(run, engine, config)])
     train(run, engine, objective(classes.ignore, config.seed, config.modality_dropout), batches, start.step, hooks)
     return run.folder
 

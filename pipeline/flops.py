@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.average import full_shape
 from pipeline.engine import Engine
-from pipeline.model.config import ModelConfig
 from pipeline.model.mcf_mamba import MCFMamba
 from pipeline.model.ss2d import DirectionalScan
 
+SIDE = 32  # pixels of the sample that is counted: the least without padding
 PASSES = 3  # forwards that a training step is worth: the backward takes two
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # FLOP/s in bf16, fp16 and fp32 by words of a GPU's name, the first that fits; None: not on its tensor cores. From
@@ -86,29 +87,13 @@ class Scan(NamedTuple):
         return 9 * self.elements + self.tokens * self.channels
 
 
-def blank(
-    config: ModelConfig, channels: Mapping[str, int], outputs: int, size: tuple[int, int]
-) -> tuple[MCFMamba, dict[str, Tensor]]:
-    """A model and one sample for it on the meta device: shapes without memory, which can be computed with.
-
-    Args:
-        config: structure of the model.
-        channels: bands by modality.
-        outputs: output channels.
-        size: height and width of the sample in pixels.
-    """
-    with torch.device("meta"):
-        images = {name: torch.empty(1, bands, *size) for name, bands in channels.items()}
-        return MCFMamba(config, channels, outputs), images
-
-
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[Scan]]:
     """A list to which every scan of the model's forwards inside is added."""
     scans: list[Scan] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        directions, channels, states = cast("DirectionalScan", module).ssm.A_log.shape
+        directions, channels, states = full_shape(cast("DirectionalScan", module).ssm.A_log)
         scans.append(Scan(inputs[0].shape[:3].numel(), directions * channels, states))  # of [B, H, W, C]
 
     layers = [module for module in model.modules() if isinstance(module, DirectionalScan)]
@@ -120,12 +105,17 @@ def watched(model: nn.Module) -> Iterator[list[Scan]]:
             hook.remove()
 
 
-def count(config: ModelConfig, channels: Mapping[str, int], outputs: int, size: tuple[int, int]) -> Flops:
-    """Of one sample's forward, counted in one without numbers; arguments as for `blank`."""
-    model, images = blank(config, channels, outputs, size)
+def count(forward: Callable[[Mapping[str, Tensor]], Tensor], model: nn.Module, images: Mapping[str, Tensor]) -> Flops:
+    """Count a forward while it is made.
+
+    Args:
+        forward: makes it: the model itself, or the engine that holds it (then collective).
+        model: an MCFMamba, on any device, also meta.
+        images: one sample, float [1, M, H, W] by modality.
+    """
     products = FlopCounterMode(display=False)
     with watched(model) as scans, torch.no_grad(), products:
-        model(images)
+        forward(images)
     return Flops(products.get_total_flops(), sum(scan.flops for scan in scans))
 
 
@@ -170,22 +160,26 @@ def _seconds(matrix: Tensor) -> float:
 def utilisation(
     engine: Engine, pixels: tuple[int, int], precision: str
 ) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """A hook of the loop that tells which share of the devices' peak is used: `mfu`, 0 to 1. Says on stderr of what.
+    """A hook of the loop that tells which share of the devices' peak is used: `mfu`, 0 to 1. Collective.
+
+    Says on stderr what it is a share of.
 
     Args:
         engine: holds the MCFMamba in training.
         pixels: height and width of what it is shown.
         precision: of its matrix products: fp32, bf16 or fp16.
     """
-    model = cast("MCFMamba", engine.module)
-    flops = count(model.config, model.channels, model.outputs, pixels)
+    channels = cast("MCFMamba", engine.module).channels
+    images = {name: torch.zeros(1, bands, SIDE, SIDE, device=engine.device) for name, bands in channels.items()}
+    share = pixels[0] * pixels[1] / SIDE**2  # everything grows with the pixels
+    flops = Flops(*(round(share * number) for number in count(engine, engine.module, images)))
     most, origin = peak(engine.device, precision)
     if engine.ranks.rank == 0:
         each = (PASSES * number / 1e9 for number in flops)
         text = "{:.4g} GFLOP a sample and step ({:.4g} products, {:.4g} scans); peak {:.3g} TFLOP/s ({})"
         print(text.format(flops.step / 1e9, *each, most / 1e12, origin), file=sys.stderr)
 
-    def share(numbers: Mapping[str, Any]) -> Mapping[str, Any]:
+    def reached(numbers: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"mfu": flops.step * numbers["samples_per_second"] / engine.ranks.world / most}
 
-    return share
+    return reached

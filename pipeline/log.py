@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from shards.store import StoreError
+
 if TYPE_CHECKING:
     from pipeline.trackers import Tracker
 
@@ -27,12 +29,18 @@ class Journal:
         self._began, self._shown = time.monotonic(), float("-inf")
         self._console = console or sys.stderr
         keep_until(run / METRICS, start)
-        self._file = (run / METRICS).open("a", encoding="utf-8")
+        self._file = (run / METRICS).open("ab", buffering=0)  # what could not be written is not tried again
 
     def write(self, numbers: Mapping[str, Any]) -> None:
-        """Record a step; `numbers` has at least step, loss, samples_per_second and data_wait."""
-        self._file.write(json.dumps(numbers, allow_nan=False) + "\n")
-        self._file.flush()
+        """Record a step; `numbers` has at least step, loss, samples_per_second and data_wait.
+
+        Raises:
+            StoreError: the file cannot be written, such as on a full disk.
+        """
+        try:
+            self._file.write(f"{json.dumps(numbers, allow_nan=False)}\n".encode())
+        except OSError as error:
+            raise StoreError(f"{self._file.name}: not written: {error}; the last checkpoint stands") from error
         for tracker in self._trackers:
             tracker.write(numbers)
         overwrite, done = self._console.isatty(), numbers["step"] >= self._steps
@@ -95,12 +103,18 @@ def keep_until(path: Path, step: int) -> None:
 def read(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, in order of steps; whole lines only."""
     lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if _step(line) < float("inf")]
+    return [found for line in lines if (found := _whole(line))]
 
 
 def _step(line: str) -> float:
     """The step of a line; infinity where the line is not whole."""
+    return float(_whole(line).get("step", "inf"))
+
+
+def _whole(line: str) -> dict[str, Any]:
+    """What a line says; nothing where a kill or a full disk cut it short."""
     try:
-        return float(json.loads(line)["step"])
+        found = json.loads(line)
+        return found if isinstance(found, dict) else {}
     except ValueError:
-        return float("inf")
+        return {}

@@ -19,12 +19,14 @@ from configs import ConfigError
 from pipeline.augment import augmentation
 from pipeline.batch import Batch, collate, drop_modality
 from pipeline.config import PretrainConfig
-from pipeline.dataset import traffic, training_batches
+from pipeline.dataset import training_batches
 from pipeline.engine import Engine
 from pipeline.figures import Reconstruction, reconstructions
 from pipeline.loop import Hook, Losses, Objective, train
 from pipeline.model import cmss
 from pipeline.model.keyed import hash64
+from pipeline.observing import observed
+from pipeline.probe import probe
 from pipeline.ranks import Ranks, from_environment, init
 from pipeline.rollback import until_done
 from pipeline.run import Run, build_engine, build_model, open_run
@@ -67,7 +69,8 @@ def _pretrain(config: PretrainConfig, ranks: Ranks) -> Path:
     stream = Stream(selection, config.seed, config.lanes, share, start.step * config.batch.global_batch, config.reading)
     threads = config.reading.threads
     batches = training_batches(stream, engine.micro_batch, run.contract, augmentation(config), threads)
-    hooks = [traffic(stream), pictures(run, engine, config, stream)]
+    hooks = [pictures(run, engine, config, stream), probe(run, engine, config)]
+    hooks = observed(run, engine, stream, start.step, hooks)
     train(run, engine, objective(config, run.contract), batches, start.step, hooks)
     return run.folder
 

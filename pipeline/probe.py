@@ -65,13 +65,13 @@ def probe(run: Run, engine: Engine, config: PretrainConfig) -> Hook:
     )
     contract = adopt(run.contract, train.contract).restrict(train.contract.sensors)
     names = contract.classes.names if contract.classes else ()
-    model, where = partial(features, engine), (contract, engine.micro_batch, run.ranks, engine.device)
+    model, rest = partial(features, engine), (contract, engine.micro_batch, run.ranks, engine.device)
 
     def score(numbers: Mapping[str, Any]) -> Mapping[str, Any]:
         if numbers["step"] % how.every and numbers["step"] != config.steps:
             return {}
-        linear = fit(products(model, train, *where), len(names))
-        found = scores(confusion(lambda *inputs: linear(model(*inputs)), test, *where), names)
+        linear = fit(products(model, train, *rest), len(names))
+        found = scores(confusion(lambda *inputs: linear(model(*inputs)), test, *rest), names)
         return {f"probe/{name}": found[name] for name in ("mIoU", "OA", *(f"IoU/{name}" for name in names))}
 
     return score

@@ -27,7 +27,7 @@ REPORT = "report.html"
 EVERY_S = 60.0  # seconds between two pages, at least
 SHARE = 100  # times what the last page took, at least
 LATELY = 100  # steps that "now" is the mean of
-SKIPS, KEYS = 50, 12  # rows in the table of skipped steps, and samples named in each
+SKIPS, KEYS = 50, 8  # rows in the table of skipped steps, and samples named in each
 PNG_END = b"IEND\xaeB`\x82"
 DASH = "\N{EN DASH}"
 READ = ("bytes", "requests", "retries", "hits", "misses")
@@ -58,7 +58,7 @@ class _Reporter:
         self._folder, self._steps, self._facts = folder, steps, facts
         self._pool = ThreadPoolExecutor(1, "report")
         self._writing: Future[None] | None = None
-        self._due, self._warned = float("-inf"), False
+        self._due, self._warned = time.monotonic() + EVERY_S, False
 
     def __call__(self, line: Mapping[str, Any]) -> Mapping[str, object]:
         """Hand over a page where one is due."""
@@ -124,7 +124,7 @@ def _now(rows: Rows, steps: object) -> Table:
         ("step", f"{step:,} of {end:,} ({step / end:.1%})" if end else f"{step:,}"),
         ("time left", _duration((end - step) * per_step) if end and per_step is not None else None),
         ("loss", loss),
-        (f"loss, mean of {len(lately)} steps", _mean(lately, "loss")),
+        (f"loss, mean of {len(lately)} steps", _mean(_kept(lately), "loss")),
         ("learning rate", last.get("lr")),
         ("samples seen", last["samples"]),
         ("samples/s", _mean(lately, "samples_per_second")),
@@ -152,9 +152,9 @@ def _curves(rows: Rows, latest: Rows) -> list[Section]:
     learning = [Panel("learning rate", ["lr"], smooth=False), Panel("norm of the gradient", ["grad_norm"], "log")]
     speed = [Panel("samples/s", ["samples_per_second"]), Panel("waiting for data", ["data_wait"], "percent")]
     speed += [Panel("MFU", ["mfu"], "percent")] if "mfu" in names else []
-    kept = [row for row in latest if not row.get("skipped")]
+    kept = _kept(latest)
     passed = "Whole and by part; steps that were passed over are marks below, not part of the curves."
-    how = "Faint is every step, of a long run the range from the least to the largest of a stretch; dark is the mean."
+    how = "Faint: every step, of a long run from the least to the largest of each stretch; dark: the running median."
     return [
         Figure("Loss", panels(kept or latest, [Panel("loss", keys, "auto", marks)]), f"{passed} {how}"),
         Figure("Learning rate and gradient", panels(latest, learning), f"The norm is that before clipping. {how}"),
@@ -163,14 +163,14 @@ def _curves(rows: Rows, latest: Rows) -> list[Section]:
 
 
 def _reading(rows: Rows) -> list[Section]:
-    """What rank 0 has read, lately and in the whole run."""
+    """What all ranks have read, lately and in the whole run."""
     stretches = [[row for row in some if "io" in row] for some in (rows[-LATELY:], rows)]
     if not stretches[0]:
         return []
     columns = [_traffic(some) for some in stretches]
     cells = [[name, *(column.get(name) for column in columns)] for name in columns[1]]
     head = ["what", f"last {len(stretches[0])} steps", "whole run"]
-    return [Table("Reading", head, cells, "By rank 0; the other ranks read about as much each.")]
+    return [Table("Reading", head, cells, "By all ranks together.")]
 
 
 def _traffic(rows: Rows) -> dict[str, object]:
@@ -221,7 +221,7 @@ def _skips(rows: Rows) -> list[Section]:
     ][-SKIPS:]
     if not cells:
         return []
-    caption = f"{len(skipped):,} steps were passed over; the last are named here, all in {METRICS}. "
+    caption = f"In all: {len(skipped):,}; the last are named here, all in {METRICS}. "
     caption += "Look at the samples with mcf shards show DATA key=..."
     return [Table("Skipped steps", ["step", "why", "rank", "samples"], cells, caption)]
 
@@ -234,6 +234,10 @@ def _roll_backs(rows: Rows) -> list[Section]:
 
 def _skipped(rows: Rows) -> list[Mapping[str, Any]]:
     return [row for row in rows if row.get("skipped")]
+
+
+def _kept(rows: Rows) -> list[Mapping[str, Any]]:
+    return [row for row in rows if not row.get("skipped")]
 
 
 def _rolled_back(rows: Rows) -> list[Mapping[str, Any]]:

@@ -80,7 +80,7 @@ class Saver:
         if given is not None and budget > given and not self._warned:
             self._warned = True
             log.warning(
-                "stopping may take %.0f s (a step %.0f s, a checkpoint %.0f s), but the signal comes %.0f s before the "
+                "stopping may take %.3g s (a step %.3g s, a checkpoint %.3g s), but the signal comes %g s before the "
                 "end: write signal_delay_s: %d", budget, self._longest, self.slowest, given, math.ceil(2 * budget),
             )  # fmt: skip
         return {"saving": self.seconds, "save_budget": budget}

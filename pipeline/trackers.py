@@ -52,8 +52,9 @@ class _TensorBoard:
     def __init__(self, run: Run, start: int) -> None:
         from tensorboardX import SummaryWriter
 
-        # What TensorBoard has of later steps, from before a kill, it will not show.
-        self._writer = SummaryWriter(str(run.folder / TENSORBOARD), purge_step=start + 1)
+        # What TensorBoard has of later steps, from before a kill, it will not show. Files are named by the second.
+        folder, suffix = str(run.folder / TENSORBOARD), f".step-{start:08d}"
+        self._writer = SummaryWriter(folder, purge_step=start + 1, filename_suffix=suffix)
 
     def write(self, numbers: Mapping[str, Any]) -> None:
         for name, value in scalars(numbers):

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import flops
-from pipeline.flops import Flops, count, peak, utilisation
+from pipeline.flops import Flops, peak, utilisation
 from pipeline.model import MCFMamba, ModelConfig
 from pipeline.ranks import Ranks
 
@@ -16,17 +15,22 @@ CHANNELS = {"s1": 2, "dem": 1}
 SMALL = ModelConfig(dims=(8, 16), depths=(1, 1))
 
 
+def count(
+    config: ModelConfig, channels: dict[str, int], outputs: int, size: tuple[int, int], device: str = "cpu"
+) -> Flops:
+    with torch.device(device):
+        model = MCFMamba(config, channels, outputs)
+        return flops.count(model, model, {name: torch.zeros(1, bands, *size) for name, bands in channels.items()})
+
+
 @pytest.mark.parametrize(
     "config",
     [SMALL, ModelConfig(size="nano"), ModelConfig(dims=(16, 32), depths=(1, 2), vmamba="s1l8", profile="paper")],
     ids=lambda config: f"{config.size}-{config.vmamba}-{config.stage_dims[0]}",
 )
-def test_products_are_those_of_a_model_that_is_really_run(config: ModelConfig) -> None:
-    model, counter = MCFMamba(config, CHANNELS, 3), FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        output = model({name: torch.rand(1, bands, 36, 52) for name, bands in CHANNELS.items()})
-    assert output.shape == (1, 3, 36, 52) and counter.get_total_flops() > 0
-    assert count(config, CHANNELS, 3, (36, 52)).products == counter.get_total_flops()
+def test_a_model_without_numbers_counts_as_one_that_is_really_run(config: ModelConfig) -> None:
+    assert count(config, CHANNELS, 3, (36, 52)) == count(config, CHANNELS, 3, (36, 52), "meta")
+    assert count(config, CHANNELS, 3, (36, 52)).products > 0
 
 
 def test_a_convolution_by_hand() -> None:
@@ -53,12 +57,6 @@ def test_encoders_without_a_gate_scan_one_state_of_half_the_channels() -> None:
 def test_all_grows_with_the_pixels() -> None:
     once, fourfold = count(SMALL, CHANNELS, 3, (32, 32)), count(SMALL, CHANNELS, 3, (64, 64))
     assert fourfold == Flops(4 * once.products, 4 * once.scans)
-
-
-def test_counting_leaves_no_trace() -> None:
-    state = torch.get_rng_state()
-    count(SMALL, CHANNELS, 3, (32, 32))
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +92,17 @@ def test_peak_of_a_cpu_is_measured(precision: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Held(SimpleNamespace):
+    def __init__(self, module: MCFMamba, ranks: Ranks) -> None:
+        super().__init__(module=module, device=torch.device("cpu"), ranks=ranks)
+
+    def __call__(self, images: Any) -> torch.Tensor:
+        return self.module(images)
+
+
 def engine(rank: int) -> Any:
     model = MCFMamba(SMALL, CHANNELS, 3)
-    return SimpleNamespace(module=model, device=torch.device("cpu"), ranks=Ranks(rank, 4))
+    return Held(model, Ranks(rank, 4))
 
 
 def test_utilisation_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

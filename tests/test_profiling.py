@@ -142,10 +142,13 @@ def test_without_profile_and_on_other_ranks_nothing_is_written(tmp_path: Path) -
         assert list(run.folder.iterdir()) == []
 
 
-def test_a_small_run_is_profiled_and_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_run_is_profiled_and_adds_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_dataset(tmp_path / "data")
-    settings = replace(short(config(tmp_path, "run", modality_dropout=0.0)), data=str(tmp_path / "data"))
-    folder = stage.pretrain(settings)
+    settings = short(config(tmp_path, "run"))
+    monkeypatch.setattr(stage, "pictures", lambda run, *_: profiler(replace(run, config=settings), 0))
+    folder = stage.pretrain(replace(settings, profile=0))
     trace = json.loads(gzip.decompress((folder / "profile" / "trace.json.gz").read_bytes()))
     marked = {item["name"] for item in trace["traceEvents"] if item.get("name", "").startswith("step/")}
     assert marked == {f"step/{name}" for name in PARTS[:-1]}

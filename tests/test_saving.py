@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from configs import ConfigError
 from pipeline import checkpoint, log, run
 from pipeline.loop import train
 from pipeline.pretrain import pretrain
-from pipeline.ranks import Ranks
+from pipeline.ranks import LEAD, Ranks
 from shards.store import StoreError, open_store
 from tests.small_dataset import one_thread, write_dataset  # noqa: F401
 from tests.test_loop import STEPS, batches, objective, prepare
@@ -158,3 +159,32 @@ def test_other_ranks_read_no_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = run.own_checkpoint(settings, "unread", Ranks(1, 2, 1, 2, port=1))
     assert found is not None and found.step == 1 and found.state.updates == 1
     assert not found.state.parameters and not found.state.moments
+
+
+def test_the_time_that_a_stop_needs_is_measured_and_the_notice_checked_against_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(LEAD, "0.5")
+    made, engine = prepare(tmp_path, checkpoint_every=1)
+
+    def slow(*arguments: Any) -> str:
+        time.sleep(0.3)
+        return SAVE(*arguments)
+
+    with mock.patch.object(checkpoint, "save", slow):
+        train(made, engine, objective, batches(), 0, [lambda line: time.sleep(0.2) or {}])
+    lines = log.read(made.folder)
+    assert "save_budget" not in lines[0], "nothing has been saved yet"
+    assert 0.8 < lines[-1]["save_budget"] < 10
+    assert caplog.text.count("but the signal comes 0.5 s before the end: write signal_delay_s: ") == 1
+
+
+def test_a_notice_long_enough_and_none_are_nothing_to_warn_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, notice in enumerate(("600", "")):
+        monkeypatch.setenv(LEAD, notice)
+        (tmp_path / str(number)).mkdir()
+        made, engine = prepare(tmp_path / str(number), checkpoint_every=1)
+        train(made, engine, objective, batches(), 0)
+    assert "signal_delay_s" not in caplog.text

@@ -9,7 +9,7 @@ import pytest
 import configs
 from launchers.config import SlurmConfig
 from launchers.slurm import SlurmError, script, submit
-from tests.fake_stages import AddUp, Fails, steps
+from tests.fake_stages import AddUp, Fails, Hangs, steps
 from tests.services.cluster import Cluster
 
 TWO_NODES = SlurmConfig(nodes=2, time_min=10)
@@ -34,6 +34,8 @@ def pretrain_config() -> Any:
         ("partition", "long", "#SBATCH --partition=long"),
         ("account", "eo", "#SBATCH --account=eo"),
         ("signal_delay_s", 33, "#SBATCH --signal=USR2@33"),
+        ("signal_delay_s", 33, "\nexport MCF_SIGNAL_DELAY_S=33\n"),
+        ("max_requeues", 7, '[ "$n" -lt 7 ]'),
         ("setup", ("module load cuda",), "\nmodule load cuda\n"),
     ],
 )
@@ -145,3 +147,18 @@ def test_a_failing_rank_ends_the_job(slurm: Cluster, tmp_path: Path) -> None:
     job_id = slurm.submit(Fails(tmp_path), TWO_NODES, tmp_path / "logs")
     slurm.wait(job_id, "FAILED")
     assert "RuntimeError: no such luck" in slurm.logs(job_id)
+
+
+@pytest.mark.slurm
+def test_a_job_that_hangs_is_requeued_so_often_and_no_more(slurm: Cluster, tmp_path: Path) -> None:
+    settings = SlurmConfig(nodes=2, time_min=10, max_requeues=1)
+    once, always = tmp_path / "once", tmp_path / "always"
+    jobs = {}
+    for folder, attempts in ((once, 1), (always, 99)):
+        folder.mkdir()
+        jobs[folder] = slurm.submit(Hangs(folder, attempts), settings, folder / "logs")
+    slurm.wait(jobs[once], "COMPLETED")
+    assert (once / "starts").read_text() == (once / "ended").read_text() == "2"
+    assert "in all_reduce" in (once / "stacks-0").read_text()
+    slurm.wait(jobs[always], "FAILED")
+    assert (always / "starts").read_text() == "2"

@@ -125,7 +125,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_stage_goes_on_past_the_data_and_stops_the_second_time(data: Path) -> None:
-    """Pretraining comes back by itself; a second failure without a new checkpoint ends it, with the first layer named."""
+    """Pretraining comes back by itself; a second failure before there is a new checkpoint ends it."""
     how = {"steps": 9, "checkpoint_every": 3, "keep": 9, "guard": {"skips": 2, "starts": 2}, "track": []}
     with mock.patch.object(pretrain, "objective", poisoned(pretrain.objective, {16, 20})):
         run = pretrain.pretrain(config(data, "back", **how))

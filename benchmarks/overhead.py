@@ -11,11 +11,13 @@ is not in it: it takes a hundredth of the time by its own rule.
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import os
 import statistics
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,9 +49,9 @@ def run() -> None:
                 (work / "config.yaml").write_text(configs.dump(configs.parse(raw)))
                 (work / "rounds").write_text(str(rounds))
                 threads = {"OMP_NUM_THREADS": str(2 // processes)}
-                with mock.patch.dict(os.environ, threads), (work / "said").open("w") as quiet:
-                    with mock.patch("sys.stderr", quiet), mock.patch("sys.stdout", quiet):
-                        code = launch(["benchmarks.overhead", str(work)], processes, work / "logs")
+                quiet = io.StringIO()
+                with mock.patch.dict(os.environ, threads), redirect_stdout(quiet), redirect_stderr(quiet):
+                    code = launch(["benchmarks.overhead", str(work)], processes, work / "logs")
                 if code:
                     raise RuntimeError(f"{work.name} failed: {(work / 'logs/rank-0.log').read_text()[-2000:]}")
                 _print(f"{size}, batch {count}, {processes} process{'es' * (processes > 1)}", work)

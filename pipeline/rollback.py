@@ -19,6 +19,7 @@ from pipeline.config import Training
 from pipeline.run import Run, store_of
 from pipeline.signals import Stopped
 from pipeline.starts import FORGIVEN, StaysDown, note_end
+from shards.store import StoreError
 
 BACK = "rolled_back_to"
 
@@ -65,7 +66,7 @@ def until_done(stage: Callable[[T], Path], config: T, rank: int) -> Path:
         except RolledBack as back:
             if rank == 0:
                 log.warning("%s", back)
-        except (Stopped, StaysDown):
+        except (Stopped, StaysDown, StoreError):  # where the store is gone, nothing can be noted in it
             raise
         except (ConfigError, KeyboardInterrupt):
             note_end(store_of(config), FORGIVEN)

@@ -45,6 +45,20 @@ def test_the_loss_falls_and_has_a_part_per_modality(trained: Path) -> None:
     for line in lines:
         assert line["loss"] == pytest.approx(line["loss/s1"] + line["loss/dem"], rel=1e-5)
     assert sum(line["io"]["samples"] for line in lines) >= 48
+    assert all(0 < line["mfu"] < 5 and 0 < line["memory"] < 100 for line in lines)
+
+
+def test_a_run_leaves_a_page_and_tensorboards_file(trained: Path) -> None:
+    page = (trained / "report.html").read_text()
+    assert "12 of 12 (100.0%)" in page and "Reconstructions" in page and "s1 (2), dem (1)" in page
+    assert len(list((trained / "tensorboard").iterdir())) == 1
+
+
+def test_a_probe_on_labelled_samples_joins_the_metrics(folder: Path) -> None:
+    probe = {"data": str(folder / "data"), "every": 2, "limit": 4}
+    lines = log.read(pretrain(config(folder, "probed", steps=5, probe=probe, keep_best="probe/mIoU", track=[])))
+    assert [line["step"] for line in lines if "probe/mIoU" in line] == [2, 4, 5]
+    assert checkpoint.find(folder / "probed/best").step in (2, 4, 5)
 
 
 def test_a_pretrained_checkpoint_has_no_classes_and_reconstructs_every_band(trained: Path) -> None:

@@ -53,6 +53,19 @@ class Job:
         return stage(self.config)
 
 
+@dataclass(frozen=True)
+class Merge:
+    """The merge of a build that was made in parts; `config` is of stage shards."""
+
+    config: Any
+
+    def __call__(self) -> str:
+        """Writes manifest.parquet and dataset.json; returns the dataset's address."""
+        from shards.build import merge
+
+        return merge(self.config)
+
+
 def run_rank(job: Callable[[], object], parent: int | None = None) -> int:
     """Runs a job as this process's only purpose.
 

@@ -16,8 +16,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,16 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from launchers.config import SlurmConfig
-from launchers.job import Job
+from launchers.job import Job, Merge
 from pipeline import ranks
 from pipeline.signals import EXIT_HUNG, EXIT_STOPPED, Stopped, StopRequest
 
 PYTHON = f"{shlex.quote(sys.executable)} -P"
+# On a disk of the node: compiled kernels on a network file system are a known trouble (Triton's issue 11512).
+NODE_LOCAL = (
+    'export TMPDIR="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}"',
+    'export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$TMPDIR/triton-$USER}"',
+)
 
 
 class SlurmError(RuntimeError):
@@ -117,19 +123,73 @@ def submit(config: Any, slurm: SlurmConfig, folder: Path) -> str:
 def submit_job(job: Callable[[], object], slurm: SlurmConfig, folder: Path, name: str = "mcf") -> str:
     """Submits any picklable job; otherwise like `submit`."""
     folder = _checked(folder)
+    with _slurms_words():
+        return str(_executor(slurm, name, folder).submit(Task(job, folder, slurm.max_requeues)).job_id)
+
+
+def _executor(slurm: SlurmConfig, name: str, folder: Path, **more: Any) -> submitit.SlurmExecutor:
+    """Returns what submits jobs with these settings, and `more` of submitit's own."""
+    executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=slurm.max_requeues, python=_python(slurm))
+    executor.update_parameters(**(_parameters(slurm, name, folder) | more))
+    return executor
+
+
+def submit_parts(config: Any, slurm: SlurmConfig, folder: Path, parts: int, throttle: int) -> tuple[str | None, str]:
+    """Submits a build as an array of parts, with a merge after it that begins only when all of them succeeded.
+
+    Parts that are complete already are left out, so that the same call repeats those alone that failed.
+
+    Args:
+        config: of stage shards.
+        slurm: what to ask Slurm for, for each part.
+        folder: for the batch script and the logs; must be visible to all nodes.
+        parts: into how many the build is divided; the same number each time.
+        throttle: how many run at once.
+
+    Returns:
+        Job ids of the array (None where no part is left) and of the merge.
+
+    Raises:
+        SlurmError: there is no Slurm here, or it refused the job.
+        BuildError: the archive or the dataset's folder is not what the config says.
+    """
+    from shards.build import unfinished_parts
+
+    folder, left = _checked(folder), unfinished_parts(config, parts)
+    with _slurms_words():
+        jobs, after = [], {}
+        if left:
+            executor = _executor(slurm, "mcf-shards", folder, array_parallelism=throttle)
+            with executor.batch():
+                for part in left:
+                    work = Job(replace(config, part=f"{part}/{parts}"))
+                    jobs.append(executor.submit(Task(work, folder, slurm.max_requeues)))
+            flags = {"requeue": True, "kill-on-invalid-dep": "yes"}
+            after = {"dependency": f"afterok:{_array(jobs[0].job_id)}", "additional_parameters": flags}
+        merging = _executor(slurm, "mcf-merge", folder, **after)
+        merge = merging.submit(Task(Merge(config), folder, slurm.max_requeues))
+    return (_array(jobs[0].job_id) if jobs else None), str(merge.job_id)
+
+
+def _array(job_id: str) -> str:
+    """Returns the id of the array that a task belongs to: 12 of 12_3."""
+    return job_id.partition("_")[0]
+
+
+@contextmanager
+def _slurms_words() -> Iterator[None]:
+    """What Slurm says when it refuses, as our error; and a word where there is none."""
     if shutil.which("sbatch") is None:
         raise SlurmError("there is no sbatch here; submit where Slurm's commands are, such as a login node")
     try:
-        executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=slurm.max_requeues, python=PYTHON)
-        executor.update_parameters(**_parameters(slurm, name, folder))
-        return str(executor.submit(Task(job, folder, slurm.max_requeues)).job_id)
+        yield
     except (FailedJobError, FailedSubmissionError) as error:
         raise SlurmError(f"Slurm refused the job: {error}") from error
 
 
 def script(config: Any, slurm: SlurmConfig, folder: Path) -> str:
     """Returns the batch script that `submit` would hand to sbatch; needs no Slurm."""
-    command = f"{PYTHON} -u -m submitit.core._submit {shlex.quote(str(_checked(folder)))}"
+    command = f"{_python(slurm)} -u -m submitit.core._submit {shlex.quote(str(_checked(folder)))}"
     parameters = _parameters(slurm, f"mcf-{config.stage}", _checked(folder))
     return _make_sbatch_string(command=command, folder=_checked(folder), **parameters)
 
@@ -143,6 +203,7 @@ def _checked(folder: Path) -> Path:
 
 def _parameters(slurm: SlurmConfig, name: str, folder: Path) -> dict[str, Any]:
     """Returns submitit's parameters; what is None is left to the cluster."""
+    own = {"reservation": slurm.reservation, "nice": slurm.nice}  # which submitit does not know
     asked = {
         "job_name": name,
         "nodes": slurm.nodes,
@@ -153,11 +214,15 @@ def _parameters(slurm: SlurmConfig, name: str, folder: Path) -> dict[str, Any]:
         "time": slurm.time_min,
         "partition": slurm.partition,
         "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "exclude": slurm.exclude,
+        "comment": slurm.comment,
         "signal_delay_s": slurm.signal_delay_s,
-        "setup": [*_environment(slurm), _requeue_when_hung(slurm, folder), *slurm.setup],
+        "setup": [*_environment(slurm), _requeue_when_hung(slurm, folder), *slurm.setup, *NODE_LOCAL],
         # srun does not inherit sbatch's cores per task since Slurm 22.05.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={slurm.cpus_per_task}"],
-        "additional_parameters": {"requeue": True},
+        "additional_parameters": {"requeue": True} | {name: value for name, value in own.items() if value is not None},
     }
     return {key: value for key, value in asked.items() if value is not None}
 
@@ -167,7 +232,17 @@ def _environment(slurm: SlurmConfig) -> list[str]:
     code = shlex.quote(str(Path(__file__).resolve().parents[1]))
     place = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
     path = f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"
-    return [path, f"unset {place}", f"export {ranks.LEAD}={slurm.signal_delay_s}"]
+    given = [f"export {name}={shlex.quote(value)}" for name, value in slurm.environment.items()]
+    return [path, f"unset {place}", f"export {ranks.LEAD}={slurm.signal_delay_s}", *given]
+
+
+def _python(slurm: SlurmConfig) -> str:
+    """Returns the command that runs Python on a node: this very one, or that of the same place in a container."""
+    if slurm.container is None:
+        return PYTHON
+    code = shlex.quote(str(Path(__file__).resolve().parents[1]))
+    gpus = "--nv " if slurm.gpus_per_node else ""
+    return f"apptainer exec {gpus}--bind {code} {shlex.quote(slurm.container)} python3 -P"
 
 
 def _requeue_when_hung(slurm: SlurmConfig, folder: Path) -> str:

@@ -37,7 +37,7 @@ from shards.tally import Tally
 from shards.tile import OpenScene, is_empty, open_scene, read_cloud, read_tile
 from shards.write import ShardRecord, finish_shard, read_record, write_shard
 
-__all__ = ["BuildError", "build", "build_shard", "merge", "plan"]
+__all__ = ["BuildError", "build", "build_shard", "merge", "plan", "unfinished_parts"]
 
 BLOCK_BYTES = 128 << 20  # of values that are read at once; warping takes about three times as much
 
@@ -68,6 +68,17 @@ def build(config: ShardsConfig) -> Tally:
         merge(config, planned, store)
     tally.retries.update(store.retries)
     return tally
+
+
+def unfinished_parts(config: ShardsConfig, parts: int) -> list[int]:
+    """Which of the parts k = 1 ... `parts` have shards that are not built yet.
+
+    Raises:
+        BuildError, ArchiveError, SceneError, StoreError: as `build`.
+    """
+    planned = plan(config)
+    finished = _finished(open_store(config.out), config, planned)
+    return sorted({i % parts + 1 for i in range(planned.shards) if shard_name(config, i) not in finished})
 
 
 def _finished(store: Store, config: ShardsConfig, planned: Plan) -> set[str]:

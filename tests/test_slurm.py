@@ -1,15 +1,20 @@
 """Jobs on a real Slurm of virtual nodes; and, without one, what would be handed to it."""
 
+import dataclasses
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import configs
 from launchers.config import SlurmConfig
-from launchers.slurm import SlurmError, script, submit
+from launchers.slurm import SlurmError, script, submit, submit_parts
 from tests.fake_stages import AddUp, Fails, Hangs, steps
+from tests.scenes import make_archive, north_up, shards_config, write_scene
 from tests.services.cluster import Cluster
 
 TWO_NODES = SlurmConfig(nodes=2, time_min=10)
@@ -33,6 +38,16 @@ def pretrain_config() -> Any:
         ("time_min", 90, "#SBATCH --time=90"),
         ("partition", "long", "#SBATCH --partition=long"),
         ("account", "eo", "#SBATCH --account=eo"),
+        ("qos", "long", "#SBATCH --qos=long"),
+        ("constraint", "a100|h100", "#SBATCH --constraint='a100|h100'"),
+        ("exclude", "node[3-4]", "#SBATCH --exclude='node[3-4]'"),
+        ("reservation", "maintenance", "#SBATCH --reservation=maintenance"),
+        ("nice", 100, "#SBATCH --nice=100"),
+        ("comment", "first try", "#SBATCH --comment='first try'"),
+        ("environment", {"NCCL_SOCKET_IFNAME": "ib0", "X": "a b; c"}, "\nexport NCCL_SOCKET_IFNAME=ib0\n"),
+        ("environment", {"X": "a b; $c"}, "\nexport X='a b; $c'\n"),
+        ("container", "/images/mcf.sif", "apptainer exec --bind "),
+        ("container", "/images/mcf.sif", " /images/mcf.sif python3 -P -u -m submitit.core._submit"),
         ("signal_delay_s", 33, "#SBATCH --signal=USR2@33"),
         ("signal_delay_s", 33, "\nexport MCF_SIGNAL_DELAY_S=33\n"),
         ("max_requeues", 7, '[ "$n" -lt 7 ]'),
@@ -61,11 +76,30 @@ def test_the_script_by_default(tmp_path: Path) -> None:
         ({"nodes": 0}, "nodes: 0 given"),
         ({"partition": "long\nrm -rf x"}, "partition: "),
         ({"account": ""}, "account: "),
+        ({"comment": 'a" b'}, "comment: "),
+        ({"environment": {"A B": "c"}}, "environment"),
+        ({"environment": {"AWS_SECRET_ACCESS_KEY": "x"}}, "AWS_SECRET_ACCESS_KEY: would be written into the batch"),
     ],
 )
 def test_mistakes_are_refused(raw: dict[str, Any], message: str) -> None:
     with pytest.raises(configs.ConfigError, match=message):
         configs.parse({"stage": "slurm", **raw})
+
+
+def test_every_field_is_tested_to_arrive() -> None:
+    (cases,) = (mark.args[1] for mark in test_every_key_arrives_in_the_script.pytestmark)  # type: ignore[attr-defined]
+    fields = {field.name for field in dataclasses.fields(SlurmConfig)} - {"stage"}
+    assert fields == {key for key, _, _ in cases}
+
+
+def test_what_is_compiled_lies_on_the_node_itself(tmp_path: Path) -> None:
+    lines = script(pretrain_config(), SlurmConfig(setup=("export TMPDIR=/scratch",)), tmp_path).splitlines()
+    setup = lines[lines.index("# setup") + 1 : lines.index("# command") - 1]
+    said = subprocess.run(
+        ["bash", "-c", "\n".join([*setup, "echo $TMPDIR $TRITON_CACHE_DIR $MCF_SIGNAL_DELAY_S"])],
+        env={"PATH": os.environ["PATH"], "USER": "me", "RANK": "3"}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert said == "/scratch /scratch/triton-me 90\n"
 
 
 def test_the_preset_loads() -> None:
@@ -162,3 +196,34 @@ def test_a_job_that_hangs_is_requeued_so_often_and_no_more(slurm: Cluster, tmp_p
     assert "in all_reduce" in (once / "stacks-0").read_text()
     slurm.wait(jobs[always], "FAILED")
     assert (always / "starts").read_text() == "2"
+
+
+@pytest.mark.slurm
+def test_a_build_as_an_array_stops_at_a_bad_part_and_repeats_that_part_alone(slurm: Cluster, tmp_path: Path) -> None:
+    """The merge waits for all parts; the manifest of the array is that of a build in one go, byte for byte."""
+    from shards.build import build
+
+    make_archive(tmp_path / "archive", places=8)
+    places = (tmp_path / "archive", "samples_per_shard=9")  # a shard for each
+    whole, config = (shards_config(places[0], tmp_path / name, places[1]) for name in ("whole", "parts"))
+    build(whole)
+    label = tmp_path / "archive" / "place5" / "label.tif"
+    good = label.read_bytes()
+    where = north_up(10, 500_000 + 5 * 5000)
+    write_scene(label, "label", values=np.full((1, 96, 96), 77, np.uint8), transform=where)  # no class
+    settings, logs = SlurmConfig(time_min=10), tmp_path / "logs"
+    array, merge = submit_parts(config, settings, logs, parts=8, throttle=4)
+    assert array is not None
+    slurm.watch(merge, logs)
+    slurm.wait(merge, "CANCELLED")
+    states = slurm.array(array)
+    assert sorted(states.values()) == ["COMPLETED"] * 7 + ["FAILED"]
+    assert not (tmp_path / "parts" / "manifest.parquet").exists()
+    label.write_bytes(good)
+    again, merge = submit_parts(config, settings, logs, parts=8, throttle=4)
+    slurm.watch(merge, logs)
+    slurm.wait(merge, "COMPLETED")
+    assert again is not None and list(slurm.array(again).values()) == ["COMPLETED"], "one part, the one that failed"
+    for name in ("manifest.parquet", "dataset.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert submit_parts(config, settings, logs, parts=8, throttle=4)[0] is None, "nothing is left but the merge"

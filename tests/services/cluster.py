@@ -26,6 +26,16 @@ class Cluster:
         self._folders[job_id] = folder
         return job_id
 
+    def watch(self, job_id: str, folder: Path) -> None:
+        """Takes on a job that was submitted elsewhere, with its folder of logs."""
+        self._folders[job_id] = folder
+
+    def array(self, job_id: str) -> dict[str, str]:
+        """Returns the states of an array's tasks by their number, from the accounting."""
+        text = run(["sacct", "-n", "-X", "-P", "-j", job_id, "-o", "JobID,State"], seconds=30)
+        lines = (line.split("|") for line in text.split())
+        return {name.partition("_")[2]: state for name, state in lines}
+
     def facts(self, job_id: str) -> dict[str, str]:
         """Returns what `scontrol show job` knows of a job: JobState, Restarts, NodeList, ExitCode, ..."""
         text = run(["scontrol", "show", "job", "--oneliner", job_id], seconds=30)

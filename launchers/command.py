@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launchers import is_message
+from launchers.arguments import Help, add_config, load
+from launchers.shards_command import add_shards
 
 STAGES = {
     "pretrain": "self-supervised pretraining (CMSS) on unlabeled shards",
     "finetune": "train for land cover, from a checkpoint or from scratch",
     "evaluate": "metrics of a finetuned checkpoint on labelled samples",
 }
-SHARDS_CONFIG = {
-    "build": "tile an archive into shards",
-    "merge": "join a build made in parts",
-    "index": "a manifest over an archive of tars, which stay as they are",
-}
-SHARDS_DATA = {
-    "verify": "check hashes, keys, checksums and contents",
-    "stats": "print the statistics of every band",
-    "order": "print which samples each rank sees at which step",
-    "show": "pictures and a page: contact sheet, map of footprints, histograms",
-}
-
-
-class Help(argparse.HelpFormatter):
-    """Keeps the lines of descriptions as they are written."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "".join(indent + line for line in text.splitlines(keepends=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,10 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="the whole pipeline on a made-up archive: no network, no GPU, minutes")
     demo.add_argument("out", nargs="?", default="demo", help="folder for everything it makes [demo]")
     demo.set_defaults(run=_demo)
-    _add_shards(commands)
+    add_shards(commands)
     for name, text in STAGES.items():
         stage = commands.add_parser(name, help=text, formatter_class=Help, add_help=False)
-        _add_config(stage, name)
+        add_config(stage, name)
         stage.add_argument("--on", choices=("here", "local", "slurm"), default="here", help="where to run [here]")
         stage.add_argument("--processes", type=int, default=2, help="ranks with --on local [2]")
         stage.add_argument("--slurm", default="slurm", metavar="CONFIG", help="config of --on slurm [preset slurm]")
@@ -105,40 +88,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_shards(commands: Any) -> None:
-    shards = commands.add_parser("shards", help="build, join, check and look into datasets of shards")
-    verbs = shards.add_subparsers(required=True, metavar="VERB")
-    for name, text in SHARDS_CONFIG.items():
-        verb = verbs.add_parser(name, help=text, formatter_class=Help, add_help=False)
-        _add_config(verb, "shards")
-        verb.set_defaults(run={"build": _build, "merge": _merge, "index": _index}[name])
-    runs: dict[str, Callable[[argparse.Namespace], int]] = {
-        "verify": _verify,
-        "stats": _stats,
-        "order": _order,
-        "show": _show,
-    }
-    for name, text in SHARDS_DATA.items():
-        verb = verbs.add_parser(name, help=text)
-        verb.add_argument("data", metavar="DATA", help="dataset folder, local or s3://")
-        if name == "order":
-            described = "global_batch=N seed=S step=K steps=M world=R rank=r lanes=L"
-            verb.add_argument("settings", nargs="*", metavar="key=value", help=described)
-        if name == "show":
-            verb.add_argument("--out", default="show", metavar="FOLDER", help="folder to write into [show]")
-            verb.add_argument("--samples", type=int, default=24, metavar="N", help="on the contact sheet [24]")
-            described = "only some samples: split=train,val group=... key=... shard=... labelled=true"
-            verb.add_argument("settings", nargs="*", metavar="key=value", help=described)
-        verb.set_defaults(run=runs[name])
-
-
-def _add_config(parser: argparse.ArgumentParser, stage: str) -> None:
-    parser.add_argument("-h", "--help", action=_ConfigHelp, stage=stage)
-    parser.add_argument("config", metavar="CONFIG", help="preset name or YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config, by dotted path")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
-
-
 def _add_predict(commands: Any) -> None:
     predict = commands.add_parser("predict", help="a land-cover map of a whole scene")
     predict.add_argument("checkpoint", metavar="CHECKPOINT", help="finetuned run, checkpoint or release folder")
@@ -148,146 +97,14 @@ def _add_predict(commands: Any) -> None:
     predict.set_defaults(run=_predict)
 
 
-class _ConfigHelp(argparse.Action):
-    """`--help` of a stage: usage, then the fields of its config with their defaults."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, stage: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="show this help and exit")
-        self.stage = stage
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        import configs
-
-        parser.print_help()
-        presets = [name for name in configs.presets() if configs.stage_of(name) == self.stage]
-        print(f"\npresets: {', '.join(presets)}\n\nfields of CONFIG, or key=value [default]:")
-        print(configs.describe(self.stage))
-        parser.exit()
-
-
-def _load(parsed: argparse.Namespace, stage: str) -> Any:
-    import configs
-
-    config = configs.load(parsed.config, parsed.overrides)
-    if config.stage != stage:
-        raise configs.ConfigError(f"{parsed.config}: a config of stage {config.stage!r}; this command runs {stage!r}")
-    return config
-
-
 def _demo(parsed: argparse.Namespace) -> int:
     from launchers.demo import demo
 
     return demo(Path(parsed.out))
 
 
-def _build(parsed: argparse.Namespace) -> int:
-    import configs
-    from shards.build import build, plan
-
-    config = _load(parsed, "shards")
-    if parsed.dry_run:
-        planned = plan(config)
-        print(configs.dump(config))
-        print(f"{planned.items} tiles in {planned.shards} shards from {len(planned.views)} views")
-        for reason, count in planned.reasons().items():
-            print(f"  left out: {count} x {reason}, such as {', '.join(planned.examples().get(reason, [])[:3])}")
-        for problem in planned.problems:
-            print(f"  skipped: {problem}")
-        return 0
-    tally = build(config)
-    rows = tally.table()
-    width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    if int(config.part.split("/")[1]) == 1:
-        _show_dataset(config.out)
-    else:
-        print("".join(f"  skipped: {reason}\n" for reason in tally.skipped), end="")
-    return _incomplete(len(tally.skipped))
-
-
-def _merge(parsed: argparse.Namespace) -> int:
-    from shards.build import merge
-
-    config = _load(parsed, "shards")
-    if parsed.dry_run:
-        return 0
-    merge(config)
-    return _incomplete(len(_show_dataset(config.out)["builds"][config.name]["skipped"]))
-
-
-def _index(parsed: argparse.Namespace) -> int:
-    from shards.index import index
-
-    config = _load(parsed, "shards")
-    return 0 if parsed.dry_run else _incomplete(len(_show_dataset(index(config))["skipped"]))
-
-
-def _incomplete(skipped: int) -> int:
-    """The exit code of a build that came to its end."""
-    if skipped:
-        files = f"{skipped} files were skipped (on_error=skip)"
-        print(f"mcf: finished, but {files}; they are named above and in dataset.json", file=sys.stderr)
-    return 1 if skipped else 0
-
-
-def _show_dataset(data: str) -> dict[str, Any]:
-    """Prints what a dataset holds and lacks; its `dataset.json`."""
-    from shards.manifest import read_facts, summary
-    from shards.store import open_store
-
-    store = open_store(data)
-    facts = read_facts(store)
-    size = sum(shard["bytes"] for shard in facts["shards"].values())
-    print(
-        f"{data}: {facts['samples']} samples ({summary(store)}) in {len(facts['shards'])} shards, {size / 1e6:.1f} MB"
-    )
-    for reason, count in facts["left_out"].items():
-        print(f"  left out: {count} x {reason}")
-    for reason in facts["skipped"]:
-        print(f"  skipped: {reason}")
-    return facts
-
-
-def _verify(parsed: argparse.Namespace) -> int:
-    from shards.verify import registration, verify
-
-    found = verify(parsed.data)
-    print("\n".join([*(found or [f"{parsed.data}: sound"]), *registration(parsed.data)]))
-    return 1 if found else 0
-
-
-def _stats(parsed: argparse.Namespace) -> int:
-    from shards.manifest import read_facts
-    from shards.statistics import table
-    from shards.store import open_store
-
-    rows = table(read_facts(open_store(parsed.data)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
-    return 0
-
-
-def _order(parsed: argparse.Namespace) -> int:
-    from shards.listing import listing, parse_data
-
-    settings = dict(item.partition("=")[::2] for item in parsed.settings)
-    for line in listing(parse_data(parsed.data), settings):
-        print(json.dumps(line))
-    return 0
-
-
-def _show(parsed: argparse.Namespace) -> int:
-    from shards.show import parse_where, show
-
-    where = parse_where(parsed.settings)
-    paths, missing = show(parsed.data, Path(parsed.out), samples=parsed.samples, where=where)
-    print("\n".join([*map(str, paths), *missing]))
-    return 0
-
-
 def _stage(parsed: argparse.Namespace) -> int:
-    config = _load(parsed, parsed.stage)
+    config = load(parsed, parsed.stage)
     if getattr(parsed, "resume_check", False):
         return _resume_check(parsed, config)
     return _profile(parsed, config) if getattr(parsed, "profile", False) else _run(parsed, config)

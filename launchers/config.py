@@ -52,8 +52,8 @@ class SlurmConfig:
         """Refuse what would stand in the batch script for others to read."""
         if found := [name for name in self.environment if SECRET.search(name)]:
             raise ValueError(
-                f"environment.{found[0]}: would be written into the batch script; set it where you submit, since sbatch "
-                "passes your environment on, or use a profile"
+                f"environment.{found[0]}: would be written into the batch script; set it where you submit "
+                "(sbatch passes your environment on), or use a profile"
             )
         return self
 

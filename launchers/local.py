@@ -4,7 +4,8 @@ Rank 0 speaks to the console. Every rank has a log file, to which a further atte
 
 How it ends: a rank that fails takes the others with it (TERM, and KILL when they do not go). Ranks that hung, and ended
 themselves because of it, are started again. INT (Ctrl-C), TERM, HUP and USR2 are passed on to the ranks, which then
-save and end. A second signal means: now, saved or not.
+save and end; after USR2, Slurm's notice of a time limit, they are started again, as a job there is requeued. A second
+signal means: now, saved or not.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pipeline.signals import EXIT_HUNG, EXIT_STOPPED
 
 GRACE_S = 15.0
 POLL_S = 0.05
-RESTARTS = 20  # of ranks that hung; a stage's own guard ends it earlier where that leads nowhere
+RESTARTS = 20  # as often as a job on Slurm by default; a stage's own guard ends what leads nowhere earlier
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 Ended = queue.SimpleQueue[tuple[int, int]]
 
@@ -62,15 +63,17 @@ def launch(module: Sequence[str], processes: int, log_dir: Path, kill_when: Call
     if processes < 1:
         raise ValueError(f"{processes} processes given; at least 1 is needed")
     log_dir.mkdir(parents=True, exist_ok=True)
-    for _ in range(RESTARTS):
-        if (code := _attempt(module, processes, log_dir, kill_when)) != EXIT_HUNG:
-            return code
-        print("the ranks hung and have ended themselves; starting again", file=sys.stderr)
-    return _attempt(module, processes, log_dir, kill_when)
+    for left in range(RESTARTS, -1, -1):
+        group = _attempt(module, processes, log_dir, kill_when)
+        code, again = group.exit_code(), group.to_be_started_again()
+        if not again or not left:
+            break
+        print(f"{again}; starting again", file=sys.stderr)
+    return code
 
 
-def _attempt(module: Sequence[str], processes: int, log_dir: Path, kill_when: Callable[[], bool] | None) -> int:
-    """Starts the ranks and waits for their end; the exit code of a launch."""
+def _attempt(module: Sequence[str], processes: int, log_dir: Path, kill_when: Callable[[], bool] | None) -> _Group:
+    """Starts the ranks and waits for their end."""
     group = _Group()
     with _passing_signals_to(group):
         try:
@@ -78,7 +81,7 @@ def _attempt(module: Sequence[str], processes: int, log_dir: Path, kill_when: Ca
             group.wait(kill_when or (lambda: False))
         finally:
             group.kill()
-    return group.exit_code()
+    return group
 
 
 class _Rank:
@@ -182,6 +185,14 @@ class _Group:
             print(f"ended by {name} before all ranks had saved; the last checkpoint stands", file=sys.stderr)
             return 128 + self._signals[0]
         return self._explain(self._ranks[self._failed], self._codes[self._failed])
+
+    def to_be_started_again(self) -> str:
+        """Returns why the ranks are to begin where they ended, as Slurm would have them; empty: they are not."""
+        if self._failed is not None and self._codes[self._failed] == EXIT_HUNG:
+            return "the ranks hung and have ended themselves"
+        if self._failed is None and EXIT_STOPPED in self._codes.values() and set(self._signals) == {signal.SIGUSR2}:
+            return "stopped by USR2, as before a time limit"
+        return ""
 
     def _explain(self, rank: _Rank, code: int) -> int:
         cause = f"exit code {code}" if code > 0 else signal.Signals(-code).name

@@ -194,6 +194,11 @@ def _threads(ranks: Ranks) -> int:
     return max(1, cores)
 
 
+def node_name() -> str:
+    """Returns the name of this node, for Slurm the one that it knows the node by."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def notice() -> float | None:
     """Returns how many seconds before the end a signal announces it (LEAD), None where nobody has said."""
     text = os.environ.get(LEAD)

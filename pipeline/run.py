@@ -12,7 +12,10 @@ Rank 0 reads the checkpoint and verifies it; the others read its state.json and 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +42,7 @@ from shards.manifest import Selection, differences
 from shards.store import Store, open_store
 
 CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
 CONVERTED = "start"  # below the run folder: public weights as a release
 # What may change between two parts of one run, because it does not change what is computed.
 FREE = (
@@ -189,6 +193,7 @@ def own_checkpoint(
                 f"{fingerprint[:12]} from then on",
             )
         write_text(folder / CONFIG, configs.dump(config))
+        write_text(folder / ENVIRONMENT, json.dumps(environment(), indent=1))
     return _everywhere(found) if share(found is not None) else None
 
 
@@ -326,6 +331,29 @@ def code_version() -> str:
         return metadata.version("mcf-mamba")
     except metadata.PackageNotFoundError:
         return "source"
+
+
+def environment() -> dict[str, Any]:
+    """What a run was made by: code, Python, packages, machine. No variables of the environment, which hold secrets."""
+    packages = sorted({f"{each.name}=={each.version}" for each in metadata.distributions()}, key=str.lower)
+    return {
+        "version": code_version(),
+        "code": code_hash(),
+        "python": platform.python_version(),
+        "machine": f"{platform.node()}, {platform.platform()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "packages": packages,
+    }
+
+
+def code_hash() -> str:
+    """sha256 of the sources of the four packages, which a version alone does not tell in a checkout."""
+    found, root = hashlib.sha256(), Path(__file__).resolve().parents[1]
+    for package in ("configs", "shards", "pipeline", "launchers"):
+        for path in sorted((root / package).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".yaml"):
+                found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def _abridged(names: list[str]) -> str:

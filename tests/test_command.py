@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import configs
-from launchers import command
+from launchers import command, shards_command
 from tests.scenes import make_archive, shards_config, write_catalog, write_scene
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,6 +206,6 @@ def test_a_profile_is_a_short_run_beside_the_run(
 
 
 def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(command, "_verify", lambda parsed: 1 / 0)
+    monkeypatch.setattr(shards_command, "_verify", lambda parsed: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command.main(["shards", "verify", str(tmp_path)])

@@ -73,6 +73,18 @@ def test_a_signal_stops_all_and_a_second_launch_goes_on(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
 
 
+def test_usr2_is_a_requeue(tmp_path: Path) -> None:
+    """What a job on Slurm does at its time limit: saved at one step, started again, finished."""
+    launcher = start("adds-up", tmp_path)
+    until(lambda: len(steps(tmp_path)) >= 3)
+    launcher.send_signal(signal.SIGUSR2)
+    _, said = launcher.communicate(timeout=90)
+    assert launcher.returncode == 0 and "stopped by USR2, as before a time limit; starting again" in said
+    lines = steps(tmp_path)
+    assert [line["step"] for line in lines] == list(range(40))
+    assert len({line["from"] for line in lines}) == 2
+
+
 def test_the_second_signal_means_now(tmp_path: Path) -> None:
     launcher = start("fails-stubbornly", tmp_path)
     until(lambda: (tmp_path / "pid-0").exists())

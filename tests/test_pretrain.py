@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -52,6 +53,12 @@ def test_a_run_leaves_a_page_and_tensorboards_file(trained: Path) -> None:
     page = (trained / "report.html").read_text()
     assert "12 of 12 (100.0%)" in page and "Reconstructions" in page and "s1 (2), dem (1)" in page
     assert len(list((trained / "tensorboard").iterdir())) == 1
+
+
+def test_a_run_says_what_it_was_made_by(trained: Path) -> None:
+    found = json.loads((trained / "environment.json").read_text())
+    assert f"torch=={torch.__version__}" in found["packages"] and len(found["code"]) == 64
+    assert found["python"].startswith("3.") and "AWS" not in (trained / "environment.json").read_text()
 
 
 def test_a_probe_on_labelled_samples_joins_the_metrics(folder: Path) -> None:

@@ -18,11 +18,14 @@ SECRET = re.compile(r"secret|token|passw|credential|(access|api|private)_?key", 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SlurmConfig:
-    """What to ask Slurm for. One task is one rank: one per GPU, or one per node without GPUs."""
+    """What to ask Slurm for. One task is one rank."""
 
     stage: Literal["slurm"] = "slurm"
     nodes: int = Field(default=1, ge=1, description="number of nodes")
     gpus_per_node: int = Field(default=0, ge=0, description="GPUs, and so ranks, on every node; 0 = CPU only")
+    tasks_per_node: int | None = Field(
+        default=None, ge=1, description="ranks on every node; null = one per GPU, or one without GPUs"
+    )
     cpus_per_task: int = Field(default=1, ge=1, description="cores for every rank")
     mem_gb: float | None = Field(default=None, gt=0, description="GB per node; null = the cluster's default")
     time_min: int = Field(default=60, ge=1, description="time limit in minutes")
@@ -58,6 +61,6 @@ class SlurmConfig:
         return self
 
     @property
-    def tasks_per_node(self) -> int:
+    def ranks_per_node(self) -> int:
         """Ranks on every node."""
-        return max(1, self.gpus_per_node)
+        return self.tasks_per_node or max(1, self.gpus_per_node)

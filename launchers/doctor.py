@@ -61,7 +61,7 @@ def deepspeed() -> Answer:
     ok, said = call([sys.executable, "-P", "-c", code], IMPORT_S, environment=child_environment(Ranks()))
     if ok:
         return True, f"DeepSpeed {said.split()[-1]}"
-    return False, f"DeepSpeed cannot be imported ({said[-200:]}); pip install it as constraints.txt pins it"
+    return False, f"DeepSpeed cannot be imported ({said}); pip install it as constraints.txt pins it"
 
 
 def compiler() -> Answer:

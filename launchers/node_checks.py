@@ -215,13 +215,14 @@ def smi_problems(uuids: set[str]) -> list[str]:
 def call(
     command: Sequence[str], seconds: float, given: str = "", environment: Mapping[str, str] | None = None
 ) -> Answer:
-    """Whether a command succeeds, and what it says; if it does not succeed, in one line that names it."""
+    """Whether a command succeeds, and what it says; if it does not succeed, its last line, and its name."""
     try:
         done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=seconds, env=environment)
     except subprocess.TimeoutExpired:
         return False, f"{command[0]} gives no answer in {seconds:g} s"
     if done.returncode:
-        return False, f"{command[0]}: {' '.join((done.stderr or done.stdout).split()) or f'exit {done.returncode}'}"
+        last = ((done.stderr or done.stdout).strip() or f"exit code {done.returncode}").splitlines()[-1]
+        return False, last if last.startswith(command[0]) else f"{command[0]}: {last}"
     return True, done.stdout.strip()
 
 
@@ -243,7 +244,11 @@ def _existing(folder: Path) -> Path:
 
 def _near(where: str) -> Store:
     """The store there; of a folder that is still to be made, the nearest that is there, so that nothing is left."""
-    return open_store(where if "://" in where else _existing(Path(where)))
+    if "://" in where:
+        return open_store(where)
+    if not (folder := _existing(Path(where))).is_dir():
+        raise StoreError(f"{where}: {folder} is a file where a folder must be; choose another with run= or store=")
+    return open_store(folder)
 
 
 @contextmanager

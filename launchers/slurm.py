@@ -207,7 +207,7 @@ def _parameters(slurm: SlurmConfig, name: str, folder: Path) -> dict[str, Any]:
     asked = {
         "job_name": name,
         "nodes": slurm.nodes,
-        "ntasks_per_node": slurm.tasks_per_node,
+        "ntasks_per_node": slurm.ranks_per_node,
         "gpus_per_node": slurm.gpus_per_node or None,
         "cpus_per_task": slurm.cpus_per_task,
         "mem": f"{round(slurm.mem_gb * 1024)}MB" if slurm.mem_gb else None,
@@ -248,6 +248,6 @@ def _python(slurm: SlurmConfig) -> str:
 def _requeue_when_hung(slurm: SlurmConfig, folder: Path) -> str:
     """Returns a shell line: the batch script, which ends as srun does, requeues a job whose ranks hung."""
     counter = f"{shlex.quote(str(folder))}/$SLURM_JOB_ID.requeues"
-    then = f'n=$(cat {counter} 2>/dev/null || echo 0); [ "$n" -lt {slurm.max_requeues} ]'
+    then = f'n=$(cat {counter} 2>/dev/null || echo 0) && [ "$n" -lt {slurm.max_requeues} ]'
     again = f'echo $((n + 1)) >{counter}; echo "the ranks hung; requeued"; scontrol requeue "$SLURM_JOB_ID"'
     return f"again() {{ if [ $? -eq {EXIT_HUNG} ] && {then}; then {again}; fi; }}; trap again EXIT"

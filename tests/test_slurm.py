@@ -32,6 +32,7 @@ def pretrain_config() -> Any:
         ("gpus_per_node", 2, "#SBATCH --gpus-per-node=2"),
         ("gpus_per_node", 2, "#SBATCH --ntasks-per-node=2"),
         ("gpus_per_node", 0, "#SBATCH --ntasks-per-node=1"),
+        ("tasks_per_node", 3, "#SBATCH --ntasks-per-node=3"),
         ("cpus_per_task", 6, "#SBATCH --cpus-per-task=6"),
         ("cpus_per_task", 6, "--kill-on-bad-exit=1 --cpus-per-task=6 "),
         ("mem_gb", 1.5, "#SBATCH --mem=1536MB"),
@@ -100,6 +101,25 @@ def test_what_is_compiled_lies_on_the_node_itself(tmp_path: Path) -> None:
         env={"PATH": os.environ["PATH"], "USER": "me", "RANK": "3"}, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert said == "/scratch /scratch/triton-me 90\n"
+
+
+@pytest.mark.parametrize(("code", "counted", "again"), [(86, 0, True), (86, 2, False), (1, 0, False), (0, 0, False)])
+def test_the_batch_script_requeues_what_hung_and_nothing_else(
+    tmp_path: Path, code: int, counted: int, again: bool
+) -> None:
+    """Run with an srun and an scontrol that only note that they were called."""
+    for name, does in (("srun", f"exit {code}"), ("scontrol", f'echo "$@" >>{tmp_path}/called')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    if counted:
+        (tmp_path / "7.requeues").write_text(str(counted))
+    text = script(pretrain_config(), SlurmConfig(max_requeues=2), tmp_path)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "USER": "me"}
+    done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code and done.stderr == ""
+    assert (tmp_path / "called").exists() == again
+    if again:
+        assert (tmp_path / "called").read_text() == "requeue 7\n" and (tmp_path / "7.requeues").read_text() == "1\n"
 
 
 def test_the_preset_loads() -> None:

@@ -5,14 +5,18 @@ resolve: whoever connects them must go by address. munge and MariaDB run from ou
 socket and a password of their own, so that those of the machine are neither needed nor touched.
 """
 
+import os
 import secrets
+import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from tests.services import ServiceError, root
 from tests.services.daemon import Daemon, answers, install, run
 
 NODES = 4
+READY = ("idle", "mixed", "allocated")
 DATABASE_PORT, SLURMDBD_PORT, SLURMCTLD_PORT = 13306, 16819, 16817
 SLURMD_PORTS = f"17001-{17000 + NODES}"
 PACKAGES = {
@@ -74,6 +78,35 @@ def available() -> bool:
     return config.exists() and answers(["sinfo", "--noheader"], environment())
 
 
+def lose_node(name: str) -> None:
+    """Kills a node as a power cut would: its slurmd, and all that its jobs run on it."""
+    number = int(name.removeprefix("node"))
+    running = _nodes()[number - 1].pid()
+    lost = {running} if running else set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"SLURMD_NODENAME={name}".encode() in path.read_bytes().split(b"\0"):
+                lost |= {int(path.parent.name), *_step_daemon(path.parent)}
+        except OSError:  # it has ended meanwhile
+            continue
+    for pid in lost:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _step_daemon(process: Path) -> list[int]:
+    """The slurmstepd that is the parent of a process."""
+    parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    return [parent] if Path(f"/proc/{parent}/cmdline").read_bytes().startswith(b"slurmstepd") else []
+
+
+def return_node(name: str) -> None:
+    """Starts a lost node again and waits until it takes jobs."""
+    node = _nodes()[int(name.removeprefix("node")) - 1]
+    node.start()
+    node.wait_until(lambda: _call("sinfo", "--noheader", "--nodes", name, "--format", "%T").strip() in READY, 90)
+
+
 def _missing_plugins() -> dict[str, str]:
     """Returns file -> package for each package of plugins that is not installed."""
     found = {path.name for path in Path("/usr/lib").glob("*/slurm-wlm/*.so")}
@@ -116,7 +149,7 @@ def _start(daemon: Daemon, *command: str) -> None:
 
 def _ready_nodes() -> int:
     states = _call("sinfo", "--noheader", "--Node", "--format", "%T").split()
-    return sum(state in ("idle", "mixed", "allocated") for state in states)
+    return sum(state in READY for state in states)
 
 
 def _start_munge() -> None:

@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
             stage.add_argument("--resume-check", action="store_true", help=described)
             described = "run a few steps beside this run and tell on a page where their time goes"
             stage.add_argument("--profile", action="store_true", help=described)
+            described = "of one step, for the plan; what the run measured before, where it is not given"
+            stage.add_argument("--step-seconds", type=float, metavar="S", help=described)
         stage.set_defaults(run=_stage, stage=name)
     _add_predict(commands)
     export = commands.add_parser("export", help="a run's newest checkpoint to a release folder")
@@ -113,12 +115,11 @@ def _stage(parsed: argparse.Namespace) -> int:
 def _run(parsed: argparse.Namespace, config: Any) -> int:
     import configs
 
+    where = configs.load(parsed.slurm) if parsed.on == "slurm" else None
     if parsed.dry_run:
-        print(configs.dump(config))
-    if parsed.on == "slurm":
-        return _on_slurm(parsed, config)
-    if parsed.dry_run:
-        return 0
+        return _dry_run(parsed, config, where)
+    if where:
+        return _on_slurm(parsed, config, where)
     if parsed.on == "local":
         from launchers.local import run
 
@@ -127,6 +128,37 @@ def _run(parsed: argparse.Namespace, config: Any) -> int:
 
     print(Job(config)())
     return 0
+
+
+def _dry_run(parsed: argparse.Namespace, config: Any, where: Any) -> int:
+    """Prints config, plan and batch script; 1 if the run cannot be."""
+    import configs
+
+    print(configs.dump(config))
+    code = 0
+    if parsed.stage != "evaluate":
+        from launchers.plan import PlanError
+
+        try:
+            print(_plan(parsed, config, where))
+        except Exception as error:
+            if not is_message(error):
+                raise
+            code = int(isinstance(error, PlanError))  # data may be made by a job before
+            print(f"mcf: {'this run cannot be' if code else 'no plan'}: {error}", file=sys.stderr)
+    if where:
+        from launchers import slurm
+
+        print(f"\n{slurm.script(config, where, Path(config.run) / 'logs')}")
+    return code
+
+
+def _plan(parsed: argparse.Namespace, config: Any, where: Any) -> str:
+    """What the run will take; an error where it cannot be."""
+    from launchers.plan import plan
+
+    ranks = where.nodes * where.ranks_per_node if where else parsed.processes if parsed.on == "local" else 1
+    return plan(config, ranks, where, parsed.step_seconds).text()
 
 
 def _resume_check(parsed: argparse.Namespace, config: Any) -> int:
@@ -156,15 +188,12 @@ def _profile(parsed: argparse.Namespace, config: Any) -> int:
     return code
 
 
-def _on_slurm(parsed: argparse.Namespace, config: Any) -> int:
-    import configs
+def _on_slurm(parsed: argparse.Namespace, config: Any, where: Any) -> int:
     from launchers import slurm
 
-    where, folder = configs.load(parsed.slurm), Path(config.run) / "logs"
-    if parsed.dry_run:
-        print(slurm.script(config, where, folder))
-        return 0
-    print(slurm.submit(config, where, folder))
+    if parsed.stage != "evaluate":
+        print(_plan(parsed, config, where), file=sys.stderr)
+    print(slurm.submit(config, where, Path(config.run) / "logs"))
     return 0
 
 

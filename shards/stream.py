@@ -98,7 +98,7 @@ class Stream:
         self.selection, self.share, self.position = selection, share, position
         self.order = order_of(selection, seed, lanes)
         self.reader = Reader(selection, reading or Reading())
-        self._whole = self._takes_whole_blocks()
+        self.whole_blocks = self._takes_whole_blocks()
 
     def shared(self, selection: Selection, share: Share) -> Stream:
         """The same stream over an equal selection for another share, from the same position on."""
@@ -195,7 +195,7 @@ class Stream:
         if isinstance(store, Cache) and (offset == 0 or position < self.position + self.share.global_batch):
             shards = self.selection.parts[part].shards
             store.ahead([shards[shard][0] for shard in order.upcoming(own)])
-        if self._whole:
+        if self.whole_blocks:
             return Job(position, part, row, (first, first + block.count), offset + 1 < block.count)
         return Job(position, part, row, (row, row + 1), False)
 

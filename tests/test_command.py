@@ -12,6 +12,7 @@ import pytest
 import configs
 from launchers import command, shards_command
 from tests.scenes import make_archive, shards_config, write_catalog, write_scene
+from tests.small_dataset import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -209,3 +210,26 @@ def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(shards_command, "_verify", lambda parsed: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command.main(["shards", "verify", str(tmp_path)])
+
+
+def test_a_dry_run_shows_the_plan_and_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_dataset(tmp_path / "data")
+    words = ["pretrain", "demo-pretrain", f"run={tmp_path / 'run'}", f"data={data}", "sensors=[s1]", "where={}"]
+    words += ["--on", "slurm", "--step-seconds", "2", "--dry-run"]
+    assert command.main([*words, "batch.global_batch=8"]) == 0
+    said = capsys.readouterr().out
+    assert "global batch  8 = 4 ranks x 2 a micro-batch x 1 accumulated" in said
+    assert said.index("stage: pretrain") < said.index("global batch  ") < said.index("#SBATCH --nodes=1")
+    assert command.main(words) == 0, "16 samples are a batch"
+    assert command.main([*words, "batch.global_batch=20"]) == 1
+    assert "this run cannot be: batch.global_batch=20: the selection has 16 samples" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_cannot_be_is_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launchers import slurm
+
+    monkeypatch.setattr(slurm, "submit", lambda *_: pytest.fail("it was submitted"))
+    data = write_dataset(tmp_path / "data")
+    words = ["pretrain", "demo-pretrain", f"run={tmp_path / 'run'}", f"data={data}", "sensors=[s1]", "where={}"]
+    assert command.main([*words, "batch.global_batch=20", "--on", "slurm"]) == 1

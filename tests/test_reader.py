@@ -48,11 +48,11 @@ def test_blocks_of_several_lanes_stay_within_the_memory_for_them(tmp_path: Path)
     large = {number for number in range(16 * 16) if number // 16 % 4 == 0}
     selection = far(select(write_rows(tmp_path, [16] * 16, lambda n: 60_000 if n in large else 1000)))
     streams = [stream_of(selection, lanes) for lanes in (1, 2, 3, 4)]
-    for stream in (stream for stream in streams if stream._whole):
+    for stream in (stream for stream in streams if stream.whole_blocks):
         check_order(stream, 4 * len(selection))
         assert 0 < stream.ledger["held"] <= MEMORY
         assert stream.ledger["requests"] < 2 * len(selection)  # for four epochs
-    assert streams[1]._whole
+    assert streams[1].whole_blocks
 
 
 def test_a_block_that_was_taken_is_given_up(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_blocks_and_samples_that_are_larger_than_the_memory_are_read(tmp_path: P
     selection = far(select(write_rows(tmp_path, [9, 5], lambda _: size)))
     for whole in (False, True):
         stream = stream_of(selection, lanes)
-        stream._whole = whole  # by its size alone it would not
+        stream.whole_blocks = whole  # by its size alone it would not
         check_order(stream, 20)
         assert stream.ledger["held"] <= max(size, MEMORY)
 
@@ -89,7 +89,7 @@ def test_blocks_and_samples_that_are_larger_than_the_memory_are_read(tmp_path: P
 def test_iterators_that_are_left_do_not_spoil_the_count_of_others(tmp_path: Path) -> None:
     selection = far(select(write_rows(tmp_path, [30, 30], lambda n: 20_000 + n)))
     stream = stream_of(selection, 4)
-    stream._whole = True  # blocks that fill the memory
+    stream.whole_blocks = True  # blocks that fill the memory
     store_of(selection).trouble = lambda *_: threading.Event().wait(0.02)
     first, second = stream.members(), stream.members()
     next(first), next(second)

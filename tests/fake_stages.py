@@ -7,7 +7,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launchers.job import run_rank
@@ -117,6 +118,74 @@ class Hangs:
         return self.folder
 
 
+@dataclass(frozen=True)
+class Preflights:
+    """Checks a run on the dataset in its folder, and begins none; each rank leaves `said-RANK.json`.
+
+    Attributes:
+        folder: holds `data`.
+        trouble: slow or clock on the node of rank 1, full on that or, full-everywhere, on all nodes; none otherwise.
+        pretend: whether each rank takes itself for one on a node of its own.
+    """
+
+    folder: Path
+    trouble: str = ""
+    pretend: bool = True
+
+    def __call__(self) -> None:
+        """Raises what the preflight raises."""
+        from unittest import mock
+
+        import configs
+        from launchers.preflight import PreflightError, preflight
+
+        place = ranks.from_environment()
+        ranks.init(place)
+        raw = {"stage": "pretrain", "run": str(self.folder / "run"), "data": str(self.folder / "data"), "steps": 1}
+        with ExitStack() as stack:
+            if self.pretend:
+                stack.enter_context(mock.patch.object(ranks, "node_name", return_value=f"node{place.rank}"))
+                place = replace(place, local_rank=0, local_world=1)
+            self._make_trouble(stack, place.rank)
+            said: dict[str, object] = {"node": ranks.node_name()}
+            try:
+                said["checks"] = [finding.check for finding in preflight(configs.parse(raw), place)]
+            except PreflightError as error:
+                said |= {"message": str(error), "nodes": error.nodes}
+                raise
+            finally:
+                (self.folder / f"said-{place.rank}.json").write_text(json.dumps(said))
+
+    def _make_trouble(self, stack: ExitStack, rank: int) -> None:
+        import shutil
+        from unittest import mock
+
+        import torch
+
+        send, now = torch.distributed.send, time.time
+        if self.trouble == "slow" and rank == 1:
+            late = mock.patch.object(torch.distributed, "send", lambda *given: (time.sleep(0.3), send(*given)))
+            stack.enter_context(late)
+        if self.trouble == "clock" and rank == 1:
+            stack.enter_context(mock.patch.object(time, "time", lambda: now() + 100))
+        if self.trouble == "full-everywhere" or (self.trouble == "full" and rank == 1):
+            full = shutil._ntuple_diskusage(10**12, 10**12, 5)  # type: ignore[attr-defined]
+            stack.enter_context(mock.patch.object(shutil, "disk_usage", return_value=full))
+
+
+@dataclass(frozen=True)
+class Tells(AddUp):
+    """AddUp that also writes what a training run does: metrics.jsonl, and `latest` as if every step were saved."""
+
+    def _write(self, line: dict[str, int]) -> None:
+        super()._write(line)
+        step = line["step"] + 1
+        told = {"step": step, "samples": 4 * step, "samples_per_second": 4 / self.seconds, "loss": 1 / step}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(told) + "\n")
+        (self.folder / "latest").write_text(f"step-{step:06d}\n")
+
+
 def main() -> int:
     """Runs one rank of a stage; returns its exit code."""
     parser = argparse.ArgumentParser()
@@ -130,6 +199,10 @@ def main() -> int:
         "hangs": Hangs(given.folder, attempts=99),
         "hangs-once": Hangs(given.folder, attempts=1),
         "fails-stubbornly": Fails(given.folder, stubborn=True),
+        "preflight": Preflights(given.folder),
+        "preflight-clock": Preflights(given.folder, "clock"),
+        "preflight-full-everywhere": Preflights(given.folder, "full-everywhere"),
+        "preflight-slow": Preflights(given.folder, "slow"),
     }
     return run_rank(stages[given.name], given.parent)
 

@@ -19,6 +19,13 @@ STAGES = {
 }
 
 
+JOBS = {
+    "logs": "what its ranks have said, rank 0 first",
+    "cancel": "let it save, and end it",
+    "requeue": "let it save, and start it again",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code.
 
@@ -76,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
             described = "of one step, for the plan; what the run measured before, where it is not given"
             stage.add_argument("--step-seconds", type=float, metavar="S", help=described)
         stage.set_defaults(run=_stage, stage=name)
+    _add_jobs(commands)
+    doctor = commands.add_parser("doctor", help="look at this machine, and at what a run of a config needs of it")
+    doctor.add_argument("config", nargs="?", metavar="CONFIG", help="preset name or YAML file")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config")
+    doctor.add_argument("--slurm", metavar="CONFIG", help="where the run is to go: a config of stage slurm")
+    doctor.set_defaults(run=_doctor)
     _add_predict(commands)
     export = commands.add_parser("export", help="a run's newest checkpoint to a release folder")
     export.add_argument("checkpoint", metavar="RUN", help="run or checkpoint folder")
@@ -88,6 +101,18 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("settings", nargs="*", metavar="key=value", help=described)
     convert.set_defaults(run=_convert)
     return parser
+
+
+def _add_jobs(commands: Any) -> None:
+    jobs = commands.add_parser("jobs", help="what runs on Slurm; logs, cancel, requeue of a run")
+    jobs.set_defaults(run=_jobs, verb="table")
+    verbs = jobs.add_subparsers(metavar="VERB")
+    for name, text in JOBS.items():
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("job", metavar="RUN", help="run folder or job id")
+        if name == "logs":
+            verb.add_argument("--follow", action="store_true", help="go on until the job ends")
+        verb.set_defaults(run=_jobs, verb=name)
 
 
 def _add_predict(commands: Any) -> None:
@@ -195,6 +220,29 @@ def _on_slurm(parsed: argparse.Namespace, config: Any, where: Any) -> int:
         print(_plan(parsed, config, where), file=sys.stderr)
     print(slurm.submit(config, where, Path(config.run) / "logs"))
     return 0
+
+
+def _jobs(parsed: argparse.Namespace) -> int:
+    from launchers import jobs
+
+    if parsed.verb == "logs" and parsed.follow:
+        jobs.follow(parsed.job)
+    elif parsed.verb == "table":
+        print(jobs.table())
+    else:
+        print({"logs": jobs.logs, "cancel": jobs.cancel, "requeue": jobs.requeue}[parsed.verb](parsed.job))
+    return 0
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    import configs
+    from launchers.doctor import doctor
+    from launchers.preflight import table
+
+    config = configs.load(parsed.config, parsed.overrides) if parsed.config else None
+    findings = doctor(config, configs.load(parsed.slurm) if parsed.slurm else None)
+    print(table(findings))
+    return int(any(not finding.ok for finding in findings))
 
 
 def _predict(parsed: argparse.Namespace) -> int:

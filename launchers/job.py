@@ -66,6 +66,17 @@ class Merge:
         return merge(self.config)
 
 
+class PreflightError(RuntimeError):
+    """A run must not begin here; the message names nodes and findings.
+
+    `nodes`: those to leave out next time. Empty where all nodes failed alike, since then none of them is the cause.
+    """
+
+    def __init__(self, message: str, nodes: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.nodes = nodes
+
+
 def run_rank(job: Callable[[], object], parent: int | None = None) -> int:
     """Runs a job as this process's only purpose.
 

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
 
@@ -270,9 +269,7 @@ def _offset(there: Store, name: str) -> float:
     from shards.s3 import S3Store  # with boto3, which a folder does not need
 
     assert isinstance(there, S3Store)
-    headers = there._ask("get_object", name, Range="bytes=0-0")["ResponseMetadata"]["HTTPHeaders"]
-    # It tells whole seconds, on the average half a second ago.
-    return parsedate_to_datetime(headers["date"]).timestamp() + 0.5 - (before + time.time()) / 2
+    return there.server_time(name) - (before + time.time()) / 2
 
 
 CHECKS: Mapping[str, Check] = MappingProxyType({"store": store, "clock": clock, "disk": disk, "scan": scan, "gpu": gpu})

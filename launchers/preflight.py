@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed
 
 from launchers import is_message
+from launchers.job import PreflightError
 from launchers.node_checks import CHECKS, CLOCK_ADVICE, CLOCK_S, Answer, Check, scan_backend
 from pipeline import ranks
 from pipeline.config import Training
@@ -51,17 +52,6 @@ class Finding:
     said: str
     node: str
     seconds: float
-
-
-class PreflightError(RuntimeError):
-    """A run must not begin here; the message names nodes and findings.
-
-    `nodes`: those to leave out next time. Empty where all nodes failed alike, since then none of them is the cause.
-    """
-
-    def __init__(self, message: str, nodes: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
-        self.nodes = nodes
 
 
 def preflight(config: Training, place: Ranks) -> list[Finding]:

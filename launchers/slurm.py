@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from launchers.config import SlurmConfig
-from launchers.job import Job, Merge
+from launchers.job import Job, Merge, PreflightError
 from pipeline import ranks
 from pipeline.signals import EXIT_HUNG, EXIT_STOPPED, Stopped, StopRequest
 
@@ -50,12 +50,14 @@ class Task:
     Attributes:
         job: the work; raises Stopped after a signal and a save.
         folder: of the job's logs, where requeues are counted.
-        max_requeues: how often the job may requeue itself.
+        slurm: what was asked of Slurm.
+        name: of the Slurm job.
     """
 
     job: Callable[[], object]
     folder: Path
-    max_requeues: int
+    slurm: SlurmConfig
+    name: str = "mcf"
 
     def __call__(self) -> str:
         """Runs the job to its end, or to where it was told to stop.
@@ -64,23 +66,36 @@ class Task:
             What the job returned, as text.
 
         Raises:
-            SystemExit: after a stop. Only rank 0 exits with EXIT_STOPPED: srun ends a job at the first task
-            that
-                exits with anything but 0, and would do so while rank 0 still asks Slurm to requeue it.
+            SystemExit: after a stop, or where a node is not fit. Only rank 0 exits with another code than 0: srun ends
+                a job at the first task that does, and would do so while rank 0 still asks Slurm for something.
         """
         with StopRequest() as stop:
             try:
+                if isinstance(self.job, Job):
+                    _preflight(self.job.config)
                 result = self.job()
-            except Stopped as stopped:
+            except (Stopped, PreflightError) as cause:
                 ranks.close()
-                print(stopped, flush=True)
+                print(cause, flush=True)
                 environment = submitit.JobEnvironment()
                 if environment.global_rank > 0:
                     raise SystemExit(0) from None
+                if isinstance(cause, PreflightError):
+                    self._go_elsewhere(cause.nodes)
+                    raise SystemExit(1) from None
                 self._requeue(environment.job_id, stop)
                 raise SystemExit(EXIT_STOPPED) from None
         ranks.close()
         return str(result)
+
+    def _go_elsewhere(self, nodes: Sequence[str]) -> None:
+        """Submits the same job without nodes that failed; a job cannot change its own list."""
+        if not nodes:
+            return
+        without = ",".join([*([self.slurm.exclude] if self.slurm.exclude else []), *nodes])
+        with submitit.helpers.clean_env():  # of this job's own variables
+            job_id = submit_job(self.job, replace(self.slurm, exclude=without), self.folder, self.name)
+        print(f"submitted again as {job_id} without {', '.join(nodes)}", flush=True)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Returns what to run next, for a USR2 that comes before `__call__` has begun: the same."""
@@ -95,11 +110,26 @@ class Task:
             return
         counter = self.folder / f"{job_id}.requeues"
         done = int(counter.read_text()) if counter.exists() else 0
-        if done >= self.max_requeues:
+        if done >= self.slurm.max_requeues:
             print(f"not requeued: {done} times is max_requeues. Submit again to go on", flush=True)
             return
         counter.write_text(str(done + 1))
         subprocess.run(["scontrol", "requeue", job_id], check=True)
+
+
+def _preflight(config: Any) -> None:
+    """Looks at the nodes before a training stage begins.
+
+    Raises:
+        PreflightError: one is not fit.
+    """
+    from launchers.preflight import preflight  # with torch
+    from pipeline.config import Training
+
+    if isinstance(config, Training):
+        place = ranks.from_environment()
+        ranks.init(place)
+        preflight(config, place)
 
 
 def submit(config: Any, slurm: SlurmConfig, folder: Path) -> str:
@@ -124,7 +154,7 @@ def submit_job(job: Callable[[], object], slurm: SlurmConfig, folder: Path, name
     """Submits any picklable job; otherwise like `submit`."""
     folder = _checked(folder)
     with _slurms_words():
-        return str(_executor(slurm, name, folder).submit(Task(job, folder, slurm.max_requeues)).job_id)
+        return str(_executor(slurm, name, folder).submit(Task(job, folder, slurm, name)).job_id)
 
 
 def _executor(slurm: SlurmConfig, name: str, folder: Path, **more: Any) -> submitit.SlurmExecutor:
@@ -163,11 +193,11 @@ def submit_parts(config: Any, slurm: SlurmConfig, folder: Path, parts: int, thro
             with executor.batch():
                 for part in left:
                     work = Job(replace(config, part=f"{part}/{parts}"))
-                    jobs.append(executor.submit(Task(work, folder, slurm.max_requeues)))
+                    jobs.append(executor.submit(Task(work, folder, slurm)))
             flags = {"requeue": True, "kill-on-invalid-dep": "yes"}
             after = {"dependency": f"afterok:{_array(jobs[0].job_id)}", "additional_parameters": flags}
         merging = _executor(slurm, "mcf-merge", folder, **after)
-        merge = merging.submit(Task(Merge(config), folder, slurm.max_requeues))
+        merge = merging.submit(Task(Merge(config), folder, slurm))
     return (_array(jobs[0].job_id) if jobs else None), str(merge.job_id)
 
 

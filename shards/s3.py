@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
 from random import SystemRandom
@@ -170,6 +171,17 @@ class S3Store:
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
+
+    def server_time(self, name: str) -> float:
+        """Seconds since 1970 by the server's clock, from the reply to a request for an object's first byte.
+
+        Whole seconds, so half a second is added.
+
+        Raises:
+            StoreError: no answer, or no such object.
+        """
+        headers = self._ask("get_object", name, Range="bytes=0-0")["ResponseMetadata"]["HTTPHeaders"]
+        return parsedate_to_datetime(headers["date"]).timestamp() + 0.5
 
     def _ask(self, operation: str, name: str, *, attempts: int = ATTEMPTS, **given: Any) -> dict[str, Any]:
         """The reply to a request, its body read; asked again, after growing pauses, while the failure may pass."""

@@ -7,11 +7,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launchers.job import run_rank
+from launchers.job import PreflightError, run_rank
 from pipeline import ranks
 from pipeline.signals import Stopped, StopRequest
 
@@ -184,6 +185,24 @@ class Tells(AddUp):
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(told) + "\n")
         (self.folder / "latest").write_text(f"step-{step:06d}\n")
+
+
+@dataclass(frozen=True)
+class Refuses:
+    """Does not begin on the first node that it meets, as after a preflight that found it unfit; ends on any other."""
+
+    folder: Path
+
+    def __call__(self) -> Path:
+        """Raises PreflightError on that node."""
+        marker = self.folder / "unfit"
+        with suppress(FileExistsError), marker.open("x") as file:
+            file.write(ranks.node_name())
+        unfit = marker.read_text()
+        if ranks.node_name() == unfit:
+            raise PreflightError(f"the run does not begin; gpu on {unfit}: hot", (unfit,))
+        (self.folder / "ended").write_text(ranks.node_name())
+        return self.folder
 
 
 def main() -> int:

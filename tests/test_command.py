@@ -190,6 +190,7 @@ def test_a_profile_is_a_short_run_beside_the_run(
             assert ("#SBATCH" in told) == (where == "slurm")
     monkeypatch.setattr("launchers.local.run", lambda config, processes, logs: begun.append((config, logs)) or 0)
     monkeypatch.setattr("launchers.slurm.submit", lambda config, where, logs: begun.append((config, logs)) or "17")
+    monkeypatch.setattr(command, "_plan", lambda *_: "a plan")
     line = ["pretrain", "demo-pretrain", "run=mine", "--profile", "--on"]
     assert command.main([*line, "local"]) == 1 and old.exists() and begun == []
     assert "mine-profile is in the way and holds no run" in capsys.readouterr().err
@@ -233,3 +234,28 @@ def test_a_run_that_cannot_be_is_not_submitted(tmp_path: Path, monkeypatch: pyte
     data = write_dataset(tmp_path / "data")
     words = ["pretrain", "demo-pretrain", f"run={tmp_path / 'run'}", f"data={data}", "sensors=[s1]", "where={}"]
     assert command.main([*words, "batch.global_batch=20", "--on", "slurm"]) == 1
+
+
+def test_doctor_tells_what_to_mend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_dataset(tmp_path / "data")
+    words = ["doctor", "demo-pretrain", f"data={data}", "sensors=[s1]"]
+    command.main([*words, f"run={tmp_path / 'run'}"])
+    assert re.search(r"^ok +\S+ +store +.*data can be read", capsys.readouterr().out, re.MULTILINE)
+    (tmp_path / "file").write_text("")
+    assert command.main([*words, f"run={tmp_path / 'file' / 'run'}"]) == 1
+    assert re.search(r"^NOT OK +\S+ +store +.*is a file where a folder must be", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_jobs_are_looked_at_and_handled_by_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from launchers import jobs
+
+    for name in ("logs", "cancel", "requeue"):
+        monkeypatch.setattr(jobs, name, lambda run, name=name: f"{name} of {run}")
+        assert command.main(["jobs", name, "runs/a"]) == 0
+        assert capsys.readouterr().out == f"{name} of runs/a\n"
+    monkeypatch.setattr(jobs, "table", lambda: "all")
+    monkeypatch.setattr(jobs, "follow", lambda run: print(f"follows {run}"))
+    assert command.main(["jobs"]) == command.main(["jobs", "logs", "runs/a", "--follow"]) == 0
+    assert capsys.readouterr().out == "all\nfollows runs/a\n"

@@ -13,7 +13,7 @@ import pytest
 import configs
 from launchers.config import SlurmConfig
 from launchers.slurm import SlurmError, script, submit, submit_parts
-from tests.fake_stages import AddUp, Fails, Hangs, steps
+from tests.fake_stages import AddUp, Fails, Hangs, Refuses, steps
 from tests.scenes import make_archive, north_up, shards_config, write_scene
 from tests.services.cluster import Cluster
 
@@ -247,3 +247,16 @@ def test_a_build_as_an_array_stops_at_a_bad_part_and_repeats_that_part_alone(slu
     for name in ("manifest.parquet", "dataset.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert submit_parts(config, settings, logs, parts=8, throttle=4)[0] is None, "nothing is left but the merge"
+
+
+@pytest.mark.slurm
+def test_a_node_that_is_not_fit_is_left_out_by_a_job_after_this_one(slurm: Cluster, tmp_path: Path) -> None:
+    """A job cannot change its own list of nodes."""
+    job_id = slurm.submit(Refuses(tmp_path), SlurmConfig(time_min=10), tmp_path / "logs")
+    slurm.wait(job_id, "FAILED")
+    said, unfit = slurm.logs(job_id), (tmp_path / "unfit").read_text()
+    assert f"gpu on {unfit}: hot" in said
+    (successor,) = re.findall(rf"submitted again as (\d+) without {unfit}", said)
+    slurm.watch(successor, tmp_path / "logs")
+    slurm.wait(successor, "COMPLETED")
+    assert (tmp_path / "ended").read_text() != unfit and slurm.facts(successor)["ExcNodeList"] == unfit

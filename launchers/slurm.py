@@ -93,7 +93,7 @@ class Task:
         if not nodes:
             return
         without = ",".join([*([self.slurm.exclude] if self.slurm.exclude else []), *nodes])
-        with submitit.helpers.clean_env():  # of this job's own variables
+        with ranks.as_outside_of_a_job():
             job_id = submit_job(self.job, replace(self.slurm, exclude=without), self.folder, self.name)
         print(f"submitted again as {job_id} without {', '.join(nodes)}", flush=True)
 

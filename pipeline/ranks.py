@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -197,6 +198,22 @@ def _threads(ranks: Ranks) -> int:
 def node_name() -> str:
     """Returns the name of this node, for Slurm the one that it knows the node by."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+@contextmanager
+def as_outside_of_a_job() -> Iterator[None]:
+    """While this is open, this process has no variables of its Slurm job, which one submitted from here would inherit.
+
+    SLURM_CONF, which tells where Slurm is, stays.
+    """
+    kept = {name: value for name, value in os.environ.items() if name.startswith(("SLURM", "SBATCH", "SRUN"))}
+    kept.pop("SLURM_CONF", None)
+    for name in kept:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def notice() -> float | None:

@@ -7,8 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 

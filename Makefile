@@ -16,9 +16,10 @@ check: $(VENV)/.test
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
-# The tests; those that need a real Slurm or S3 server run if `make services` was called before, and are listed if not.
+# The tests, by two processes; those that need a real Slurm or S3 server run if `make services` was called before, and are
+# listed if not.
 suite: $(VENV)/.test
-	$(VENV)/bin/pytest --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 # Root on Debian: installs and starts the real Slurm and S3 server of the tests.
 services: $(VENV)/.test

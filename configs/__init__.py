@@ -30,6 +30,7 @@ STAGES: Mapping[str, str] = types.MappingProxyType(
         "evaluate": "pipeline.config:EvaluateConfig",
         "predict": "pipeline.config:PredictConfig",
         "slurm": "launchers.config:SlurmConfig",
+        "chain": "launchers.config:ChainConfig",
     }
 )
 

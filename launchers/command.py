@@ -83,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
             described = "of one step, for the plan; what the run measured before, where it is not given"
             stage.add_argument("--step-seconds", type=float, metavar="S", help=described)
         stage.set_defaults(run=_stage, stage=name)
+    chain = commands.add_parser(
+        "run", help="stages one after the other, as a file says", formatter_class=Help, add_help=False
+    )
+    add_config(chain, "chain")
+    chain.add_argument("--on", choices=("here", "local", "slurm"), default="here", help="where to run [here]")
+    chain.add_argument("--processes", type=int, default=2, help="ranks of the training stages with --on local [2]")
+    chain.set_defaults(run=_chain)
     _add_jobs(commands)
     doctor = commands.add_parser("doctor", help="look at this machine, and at what a run of a config needs of it")
     doctor.add_argument("config", nargs="?", metavar="CONFIG", help="preset name or YAML file")
@@ -220,6 +227,19 @@ def _on_slurm(parsed: argparse.Namespace, config: Any, where: Any) -> int:
         print(_plan(parsed, config, where), file=sys.stderr)
     print(slurm.submit(config, where, Path(config.run) / "logs"))
     return 0
+
+
+def _chain(parsed: argparse.Namespace) -> int:
+    from launchers import chain
+
+    config = load(parsed, "chain")
+    if parsed.dry_run:
+        print(chain.plan(config))
+        return 0
+    if parsed.on == "slurm":
+        print("\n".join(f"{name}: {job}" for name, job in chain.submit(config)))
+        return 0
+    return chain.run(config, parsed.processes if parsed.on == "local" else 0)
 
 
 def _jobs(parsed: argparse.Namespace) -> int:

@@ -64,3 +64,24 @@ class SlurmConfig:
     def ranks_per_node(self) -> int:
         """Ranks on every node."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ChainStep:
+    """A stage of a chain."""
+
+    name: Word = Field(description="of the step")
+    config: str = Field(description="preset or file of the stage's config")
+    set: tuple[str, ...] = Field(default=(), description="key=value fields of it")
+    slurm: str = Field(default="slurm", description="preset or file: where on Slurm it runs")
+    parts: int = Field(default=1, ge=1, description="of a build on Slurm: jobs of its array")
+    throttle: int = Field(default=64, ge=1, description="of a build on Slurm: jobs at once")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ChainConfig:
+    """`mcf run`: stages one after the other."""
+
+    stage: Literal["chain"] = "chain"
+    folder: str = Field(description="where it is kept which jobs were submitted")
+    steps: tuple[ChainStep, ...] = Field(min_length=1, description="in their order")

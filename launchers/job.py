@@ -53,17 +53,35 @@ class Job:
         return stage(self.config)
 
 
+class VerifyError(RuntimeError):
+    """A dataset is not what its manifest says."""
+
+
 @dataclass(frozen=True)
 class Merge:
-    """The merge of a build that was made in parts; `config` is of stage shards."""
+    """The merge of a build that was made in parts.
+
+    Attributes:
+        config: of stage shards.
+        verify: whether to check the whole dataset afterwards.
+    """
 
     config: Any
+    verify: bool = False
 
     def __call__(self) -> str:
-        """Writes manifest.parquet and dataset.json; returns the dataset's address."""
-        from shards.build import merge
+        """Writes manifest.parquet and dataset.json; returns the dataset's address.
 
-        return merge(self.config)
+        Raises:
+            VerifyError: what was built is damaged.
+        """
+        from shards.build import merge
+        from shards.verify import verify
+
+        merge(self.config)
+        if self.verify and (problems := verify(self.config.out)):
+            raise VerifyError(f"{self.config.out} is damaged: {problems[0]} ({len(problems)} problems in all)")
+        return str(self.config.out)
 
 
 class PreflightError(RuntimeError):

@@ -132,13 +132,14 @@ def _preflight(config: Any) -> None:
         preflight(config, place)
 
 
-def submit(config: Any, slurm: SlurmConfig, folder: Path) -> str:
+def submit(config: Any, slurm: SlurmConfig, folder: Path, after: str | None = None) -> str:
     """Submits a stage to Slurm.
 
     Args:
         config: of the stage.
         slurm: what to ask Slurm for.
         folder: for the batch script and the logs; must be visible to all nodes.
+        after: id of a job that must have succeeded before; if it does not, this one is cancelled.
 
     Returns:
         The job id.
@@ -147,24 +148,40 @@ def submit(config: Any, slurm: SlurmConfig, folder: Path) -> str:
         SlurmError: there is no Slurm here, or it refused the job.
         ValueError: the folder's name holds a pattern of Slurm's.
     """
-    return submit_job(Job(config), slurm, folder, name=f"mcf-{config.stage}")
+    return submit_job(Job(config), slurm, folder, f"mcf-{config.stage}", after)
 
 
-def submit_job(job: Callable[[], object], slurm: SlurmConfig, folder: Path, name: str = "mcf") -> str:
+def submit_job(
+    job: Callable[[], object], slurm: SlurmConfig, folder: Path, name: str = "mcf", after: str | None = None
+) -> str:
     """Submits any picklable job; otherwise like `submit`."""
     folder = _checked(folder)
     with _slurms_words():
-        return str(_executor(slurm, name, folder).submit(Task(job, folder, slurm, name)).job_id)
+        return str(_executor(slurm, name, folder, after).submit(Task(job, folder, slurm, name)).job_id)
 
 
-def _executor(slurm: SlurmConfig, name: str, folder: Path, **more: Any) -> submitit.SlurmExecutor:
-    """Returns what submits jobs with these settings, and `more` of submitit's own."""
+def _executor(
+    slurm: SlurmConfig, name: str, folder: Path, after: str | None = None, throttle: int = 1
+) -> submitit.SlurmExecutor:
+    """Returns what submits jobs with these settings, after another job, and so many tasks of an array at once."""
     executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=slurm.max_requeues, python=_python(slurm))
-    executor.update_parameters(**(_parameters(slurm, name, folder) | more))
+    asked = _parameters(slurm, name, folder) | {"array_parallelism": throttle}
+    if after:
+        asked["dependency"] = f"afterok:{after}"
+        asked["additional_parameters"]["kill-on-invalid-dep"] = "yes"
+    executor.update_parameters(**asked)
     return executor
 
 
-def submit_parts(config: Any, slurm: SlurmConfig, folder: Path, parts: int, throttle: int) -> tuple[str | None, str]:
+def submit_parts(
+    config: Any,
+    slurm: SlurmConfig,
+    folder: Path,
+    parts: int,
+    throttle: int,
+    after: str | None = None,
+    verify: bool = False,
+) -> tuple[str | None, str]:
     """Submits a build as an array of parts, with a merge after it that begins only when all of them succeeded.
 
     Parts that are complete already are left out, so that the same call repeats those alone that failed.
@@ -175,6 +192,8 @@ def submit_parts(config: Any, slurm: SlurmConfig, folder: Path, parts: int, thro
         folder: for the batch script and the logs; must be visible to all nodes.
         parts: into how many the build is divided; the same number each time.
         throttle: how many run at once.
+        after: id of a job that must have succeeded before.
+        verify: whether the merge checks the dataset, too.
 
     Returns:
         Job ids of the array (None where no part is left) and of the merge.
@@ -187,18 +206,16 @@ def submit_parts(config: Any, slurm: SlurmConfig, folder: Path, parts: int, thro
 
     folder, left = _checked(folder), unfinished_parts(config, parts)
     with _slurms_words():
-        jobs, after = [], {}
+        jobs = []
         if left:
-            executor = _executor(slurm, "mcf-shards", folder, array_parallelism=throttle)
+            executor = _executor(slurm, "mcf-shards", folder, after, throttle)
             with executor.batch():
                 for part in left:
                     work = Job(replace(config, part=f"{part}/{parts}"))
                     jobs.append(executor.submit(Task(work, folder, slurm)))
-            flags = {"requeue": True, "kill-on-invalid-dep": "yes"}
-            after = {"dependency": f"afterok:{_array(jobs[0].job_id)}", "additional_parameters": flags}
-        merging = _executor(slurm, "mcf-merge", folder, **after)
-        merge = merging.submit(Task(Merge(config), folder, slurm))
-    return (_array(jobs[0].job_id) if jobs else None), str(merge.job_id)
+        before = _array(jobs[0].job_id) if jobs else after
+        merge = submit_job(Merge(config, verify), slurm, folder, "mcf-merge", before)
+    return (before if jobs else None), merge
 
 
 def _array(job_id: str) -> str:
@@ -277,7 +294,8 @@ def _python(slurm: SlurmConfig) -> str:
 
 def _requeue_when_hung(slurm: SlurmConfig, folder: Path) -> str:
     """Returns a shell line: the batch script, which ends as srun does, requeues a job whose ranks hung."""
-    counter = f"{shlex.quote(str(folder))}/$SLURM_JOB_ID.requeues"
+    job = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"  # as submitit has it
+    counter = f"{shlex.quote(str(folder))}/{job}.requeues"
     then = f'n=$(cat {counter} 2>/dev/null || echo 0) && [ "$n" -lt {slurm.max_requeues} ]'
     again = f'echo $((n + 1)) >{counter}; echo "the ranks hung; requeued"; scontrol requeue "$SLURM_JOB_ID"'
     return f"again() {{ if [ $? -eq {EXIT_HUNG} ] && {then}; then {again}; fi; }}; trap again EXIT"

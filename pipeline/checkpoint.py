@@ -281,10 +281,17 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step: readers see the old or the new one."""
+    """Replace a small file in one step: readers see the old or the new one.
+
+    Raises:
+        StoreError: it cannot be written, such as on a full disk.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise StoreError(f"{path}: not written: {error}") from error
 
 
 def _from_release(folder: Path) -> Checkpoint:

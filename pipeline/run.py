@@ -181,7 +181,8 @@ def own_checkpoint(
         for name in (CONFIG, METRICS):  # on another node than before, the folder may be new
             if config.store and not (folder / name).exists() and store.exists(name):
                 (folder / name).write_bytes(store.get(name))
-        if (folder / CONFIG).exists():
+        # Before there is a checkpoint nothing can be lost: a mistake in the config may be mended.
+        if (folder / CONFIG).exists() and store.list(f"{checkpoint.FOLDER}/"):
             _check_same(folder, configs.load(folder / CONFIG), config)
         found = checkpoint.newest(store)
         if found and found.facts["fingerprint"] != fingerprint:

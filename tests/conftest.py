@@ -73,12 +73,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if need.required_in_ci:
                 raise pytest.UsageError(f"CI=true, but {need.missing}; {need.remedy}")
     not_run: dict[str, list[str]] = {marker: [] for marker in absent}
+    by_file: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        by_file.setdefault(item.path, []).append(item)
     for item in list(items):
         lacks = next((marker for marker in absent if item.get_closest_marker(marker)), None)
         if lacks:
             items.remove(item)
             config.hook.pytest_deselected(items=[item])
             not_run[lacks].append(item.nodeid)
+    # They wait more than they compute, and so go beside others instead of coming last.
+    items.sort(key=lambda item: not any(other.get_closest_marker("slurm") for other in by_file[item.path]))
     config.stash[NOT_RUN] = not_run
     if hasattr(config, "workeroutput"):  # one of several processes: the one that reports has collected nothing
         config.workeroutput["not_run"] = not_run

@@ -193,6 +193,19 @@ def open_own(settings: Any, fingerprint: str = "data") -> Any:
     return own_checkpoint(settings, fingerprint, Ranks())
 
 
+def begin(settings: Any) -> None:
+    """A run that has begun to write a checkpoint; before that, its config may still be mended."""
+    open_own(settings)
+    (Path(settings.run) / "checkpoints/step-000001").mkdir(parents=True)
+    (Path(settings.run) / "checkpoints/step-000001/model.safetensors").touch()
+
+
+def test_a_config_may_be_mended_until_there_is_something_to_lose(tmp_path: Path) -> None:
+    open_own(config(tmp_path, "run", seed=1))
+    open_own(config(tmp_path, "run", seed=2))
+    assert configs.load(tmp_path / "run" / "config.yaml").seed == 2
+
+
 def test_a_new_run_writes_its_config(tmp_path: Path) -> None:
     settings = config(tmp_path, "run")
     assert open_own(settings) is None
@@ -200,7 +213,7 @@ def test_a_new_run_writes_its_config(tmp_path: Path) -> None:
 
 
 def test_another_config_is_refused_with_the_keys_and_a_way_out(tmp_path: Path) -> None:
-    open_own(config(tmp_path, "run"))
+    begin(config(tmp_path, "run"))
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     with pytest.raises(ConfigError) as caught:
         open_own(config(tmp_path, "run", seed=3, optim={"lr": 0.5, "warmup_samples": 8}))
@@ -211,7 +224,7 @@ def test_another_config_is_refused_with_the_keys_and_a_way_out(tmp_path: Path) -
 
 
 def test_what_computes_the_same_may_change_and_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    open_own(config(tmp_path, "run"))
+    begin(config(tmp_path, "run"))
     changed = {"engine": {"zero": 3}, "checkpoint_every": 7, "batch": {"global_batch": 4, "micro_batch": 1}}
     with caplog.at_level(logging.WARNING):
         open_own(config(tmp_path, "run", **changed))
@@ -220,7 +233,7 @@ def test_what_computes_the_same_may_change_and_is_logged(tmp_path: Path, caplog:
 
 
 def test_a_run_of_another_stage_is_refused(tmp_path: Path) -> None:
-    open_own(config(tmp_path, "run"))
+    begin(config(tmp_path, "run"))
     other = configs.parse({"stage": "finetune", "run": str(tmp_path / "run"), "data": "x", "steps": 1})
     with pytest.raises(ConfigError, match="holds a run of stage pretrain"):
         open_own(other)

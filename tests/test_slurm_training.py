@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from launchers import local
 from launchers.config import SlurmConfig
 from launchers.job import Job
 from pipeline import checkpoint, log
+from pipeline.pretrain import pretrain
 from tests.services.cluster import Cluster
 from tests.services.slurm import lose_node, return_node
-from tests.small_dataset import write_dataset
+from tests.small_dataset import one_thread, write_dataset  # noqa: F401
 from tests.training_scenarios import config
 
 STEPS = 36
@@ -23,10 +23,10 @@ HOW = {"steps": STEPS, "checkpoint_every": 2, "batch": {"global_batch": 4}, "tra
 @pytest.mark.slurm
 @pytest.mark.timeout(600)
 def test_a_requeue_a_time_limit_and_a_lost_node_change_no_number(slurm: Cluster, tmp_path: Path) -> None:
-    """Two nodes of two tasks against four local processes; TERM, USR2 and a power cut on the way."""
+    """Two nodes against this process alone; TERM, USR2 and a power cut on the way."""
     write_dataset(tmp_path / "data")
-    assert local.run(config(tmp_path, "here", **HOW), 4, tmp_path / "here-logs") == 0
-    settings = SlurmConfig(nodes=2, tasks_per_node=2, time_min=10)
+    pretrain(config(tmp_path, "here", **HOW))
+    settings = SlurmConfig(nodes=2, time_min=10)
     run = tmp_path / "there"
     job_id = slurm.submit(Job(config(tmp_path, "there", **HOW)), settings, run / "logs")
 

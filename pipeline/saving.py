@@ -45,8 +45,12 @@ class Saver:
         self._best = share(checkpoint.best(run.store, metric) if metric and run.ranks.rank == 0 else None)
 
     def improves(self, numbers: Mapping[str, Any]) -> bool:
-        """Whether the step's numbers are the best so far by the metric of the config, and so are to be saved."""
-        value = numbers.get(self.run.config.keep_best)
+        """Whether the step's numbers are the best so far by the metric of the config, and so are to be saved.
+
+        Rank 0's numbers count, since speeds differ from rank to rank. Collective where there is a metric.
+        """
+        metric = self.run.config.keep_best
+        value = share(numbers.get(metric)) if metric else None
         if value is None:
             return False
         lower = self.run.config.keep_best.startswith("loss")

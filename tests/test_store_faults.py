@@ -187,7 +187,7 @@ def own_client(own_server: Swift, monkeypatch: pytest.MonkeyPatch, hasty: None) 
 def test_a_server_killed_in_mid_upload_and_restarted(
     own_server: Swift, own_client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "FIRST_PAUSE", 0.3)
+    monkeypatch.setattr(s3, "FIRST_PAUSE", 1.0)  # a busy machine takes a while to start a server
     data, read, starting = content(8 * PART), s3._Content.part, []
     (tmp_path / "shard.tar").write_bytes(data)
 

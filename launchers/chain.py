@@ -16,13 +16,13 @@ import configs
 from configs import ConfigError
 from launchers import local
 from launchers.config import ChainConfig, ChainStep, SlurmConfig
-from launchers.job import Job
+from launchers.job import Job, verified
 
 JOBS = "chain.json"  # name of a step -> id of its job, below the chain's folder
 
 
 class ChainError(RuntimeError):
-    """A stage of a chain failed, or its jobs are under way still; the message says which and what to do."""
+    """The jobs of a chain are under way still; the message says which and what to do."""
 
 
 def load(chain: ChainConfig) -> list[tuple[ChainStep, Any]]:
@@ -82,7 +82,7 @@ def run(chain: ChainConfig, processes: int = 0) -> int:
         0, or the code of a stage that was told to stop or failed in its ranks.
 
     Raises:
-        ChainError: the shards are damaged.
+        VerifyError: the shards are damaged.
     """
     for step, config in load(chain):
         if finished(config):
@@ -90,22 +90,14 @@ def run(chain: ChainConfig, processes: int = 0) -> int:
             continue
         print(f"{step.name}: {config.stage}", file=sys.stderr)
         if config.stage == "shards":
-            _build(step, config)
+            Job(config)()
+            verified(config.out)
         elif processes and config.stage != "predict":
             if code := local.run(config, processes, Path(config.run) / "logs"):
                 return code
         else:
             Job(config)()
     return 0
-
-
-def _build(step: ChainStep, config: Any) -> None:
-    from shards.build import build
-    from shards.verify import verify
-
-    build(config)
-    if problems := verify(config.out):
-        raise ChainError(f"{step.name}: {config.out} is damaged: {problems[0]}")
 
 
 def submit(chain: ChainConfig) -> list[tuple[str, str]]:
@@ -145,11 +137,9 @@ def _submitted(steps: list[tuple[ChainStep, Any]]) -> Iterator[tuple[str, str]]:
             continue
         where: SlurmConfig = configs.load(step.slurm)
         if config.stage == "shards":
-            folder = Path(f"{config.name}-logs" if "://" in config.out else f"{config.out.rstrip('/')}-logs")
-            _, after = slurm.submit_parts(config, where, folder, step.parts, step.throttle, after, verify=True)
+            _, after = slurm.submit_parts(config, where, step.parts, step.throttle, after, verify=True)
         else:
-            folder = Path(config.run if hasattr(config, "run") else f"{config.out}-logs") / "logs"
-            after = slurm.submit(config, where, folder, after)
+            after = slurm.submit(config, where, slurm.logs_of(config), after)
         yield step.name, after
 
 

@@ -181,7 +181,7 @@ def _dry_run(parsed: argparse.Namespace, config: Any, where: Any) -> int:
     if where:
         from launchers import slurm
 
-        print(f"\n{slurm.script(config, where, Path(config.run) / 'logs')}")
+        print(f"\n{slurm.script(config, where, slurm.logs_of(config))}")
     return code
 
 
@@ -225,7 +225,7 @@ def _on_slurm(parsed: argparse.Namespace, config: Any, where: Any) -> int:
 
     if parsed.stage != "evaluate":
         print(_plan(parsed, config, where), file=sys.stderr)
-    print(slurm.submit(config, where, Path(config.run) / "logs"))
+    print(slurm.submit(config, where, slurm.logs_of(config)))
     return 0
 
 

@@ -57,6 +57,19 @@ class VerifyError(RuntimeError):
     """A dataset is not what its manifest says."""
 
 
+def verified(data: str) -> str:
+    """Returns a dataset's address after checking all of it.
+
+    Raises:
+        VerifyError: it is damaged.
+    """
+    from shards.verify import verify
+
+    if problems := verify(data):
+        raise VerifyError(f"{data} is damaged: {problems[0]} ({len(problems)} problems in all)")
+    return data
+
+
 @dataclass(frozen=True)
 class Merge:
     """The merge of a build that was made in parts.
@@ -76,12 +89,9 @@ class Merge:
             VerifyError: what was built is damaged.
         """
         from shards.build import merge
-        from shards.verify import verify
 
-        merge(self.config)
-        if self.verify and (problems := verify(self.config.out)):
-            raise VerifyError(f"{self.config.out} is damaged: {problems[0]} ({len(problems)} problems in all)")
-        return str(self.config.out)
+        data = merge(self.config)
+        return verified(data) if self.verify else data
 
 
 class PreflightError(RuntimeError):

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from pipeline import ranks
+from pipeline.checkpoint import CheckpointError, facts_of_all, name_of
 from pipeline.config import PretrainConfig, Training
 from pipeline.model import scan as scans
 from pipeline.ranks import Ranks
+from shards.cache import CACHED
 from shards.manifest import MANIFEST, read_facts
 from shards.store import FolderStore, Store, StoreError, open_store
 
@@ -83,7 +85,7 @@ def disk(config: Training, place: Ranks) -> Answer | None:
         return None
     lacks, found = [], []
     for what, (folder, need, advice) in _needs(config).items():
-        free = shutil.disk_usage(_existing(folder)).free
+        free = shutil.disk_usage(existing(folder)).free
         found.append(f"{what} {free / GB:.1f} GB")
         if free < need:
             lacks.append(f"{what}: {folder} has {free / GB:.2f} GB free, {need / GB:.2f} are needed; {advice}")
@@ -104,7 +106,7 @@ def _needs(config: Training) -> dict[str, tuple[Path, float, str]]:
     if cache:
         folder = Path(cache)
         wanted = min(float(config.reading.cache_limit), _far(config))
-        there = sum(path.stat().st_size for path in folder.glob("mcf-tars/*/**/*") if path.is_file())
+        there = held(folder / CACHED)
         advice = "lower reading.cache_limit, or choose another reading.cache_dir"
         needs["cache"] = folder, max(0.0, wanted - there), advice
     return needs
@@ -112,12 +114,10 @@ def _needs(config: Training) -> dict[str, tuple[Path, float, str]]:
 
 def _newest(kept: str) -> int:
     """Bytes of the newest checkpoint; 0 where there is none, or no answer, of which `store` tells."""
-    with suppress(StoreError):
+    with suppress(StoreError, CheckpointError):
         there = open_store(kept)
-        names = there.list("checkpoints/")
-        whole = [name.rpartition("/")[0] for name in names if name.endswith("/state.json")]
-        last = max(whole, key=lambda name: (len(name), name), default=None)
-        return sum(_size(there, name) for name in names if last and name.startswith(f"{last}/"))
+        for facts in facts_of_all(there):
+            return sum(_size(there, name) for name in there.list(f"{name_of(facts['step'])}/"))
     return 0
 
 
@@ -236,7 +236,12 @@ def _kept(config: Training) -> list[str]:
     return [config.store, config.run] if config.store else [config.run]
 
 
-def _existing(folder: Path) -> Path:
+def held(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there already."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
@@ -245,7 +250,7 @@ def _near(where: str) -> Store:
     """The store there; of a folder that is still to be made, the nearest that is there, so that nothing is left."""
     if "://" in where:
         return open_store(where)
-    if not (folder := _existing(Path(where))).is_dir():
+    if not (folder := existing(Path(where))).is_dir():
         raise StoreError(f"{where}: {folder} is a file where a folder must be; choose another with run= or store=")
     return open_store(folder)
 

@@ -18,6 +18,7 @@ import torch
 
 from configs import ConfigError
 from launchers.config import SlurmConfig
+from launchers.node_checks import existing, held
 from pipeline.checkpoint import FOLDER, CheckpointError, facts_of_all, find
 from pipeline.config import FinetuneConfig, PretrainConfig
 from pipeline.engine import check_device
@@ -25,7 +26,7 @@ from pipeline.finetune import labelled
 from pipeline.log import METRICS, read
 from pipeline.model import MCFMamba, ModelConfig
 from pipeline.run import store_of
-from shards.cache import PIECE
+from shards.cache import CACHED, PIECE
 from shards.contract import Contract
 from shards.manifest import Part, Selection, select
 from shards.order import BLOCK, CYCLE, Mix
@@ -237,7 +238,7 @@ def _cache(draft: _Draft) -> None:
             f"reading.cache_limit={limit}: the lanes read {_size(now)} of tars at a time, so tars are read past the "
             f"cache; write reading.cache_limit={now} or more, fewer lanes, or reading.cache_dir=''"
         )
-    wanted, (disk, free) = min(everything, limit) - _held(place / "mcf-tars"), _disk(place)
+    wanted, (disk, free) = min(everything, limit) - held(place / CACHED), _disk(place)
     if wanted > free:
         text = (
             f"reading.cache_limit={limit}: the cache will take {_size(wanted)} more, but {disk} has {_size(free)} free "
@@ -262,7 +263,7 @@ def _checkpoints(draft: _Draft) -> None:
         return
     disk, free = _disk(store.root)
     draft.rows.append(("checkpoints", f"{text}; {_size(free)} free in {disk}"))
-    wanted = most * size - _held(store.root / FOLDER)
+    wanted = most * size - held(store.root / FOLDER)
     if wanted > free:
         draft.problems.append(
             f"keep={config.keep}, keep_every={config.keep_every}: checkpoints will take {_size(wanted)} more, but "
@@ -372,14 +373,8 @@ def _lines(run: Path) -> list[dict[str, Any]]:
 
 def _disk(folder: Path) -> tuple[Path, int]:
     """The folder, or the nearest above it that exists, and the bytes that are free there."""
-    folder = folder.absolute()
-    found = next(path for path in (folder, *folder.parents) if path.exists())
+    found = existing(folder)
     return found, shutil.disk_usage(found).free
-
-
-def _held(folder: Path) -> int:
-    """Bytes of all files in a folder; 0 where there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _count(number: int, what: str) -> str:

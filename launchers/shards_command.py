@@ -94,11 +94,11 @@ def _build_on_slurm(parsed: argparse.Namespace, config: Any) -> int:
             f"part={config.part}, --parts {parsed.parts}, --throttle {parsed.throttle}: with --on slurm the parts are "
             "made here; leave part= away, and give at least 1"
         )
-    # Logs cannot be on S3, and beside a dataset they are no part of it.
-    folder = Path(f"{config.name}-logs" if "://" in config.out else f"{config.out.rstrip('/')}-logs")
-    array, merge = slurm.submit_parts(config, configs.load(parsed.slurm), folder, parsed.parts, parsed.throttle)
+    array, merge = slurm.submit_parts(config, configs.load(parsed.slurm), parsed.parts, parsed.throttle)
     left = f"array {array}" if array else "no part is left to build"
-    print(f"{left}, then merge {merge}; logs in {folder}. The same command repeats the parts that failed")
+    print(
+        f"{left}, then merge {merge}; logs in {slurm.logs_of(config)}. The same command repeats the parts that failed"
+    )
     return 0
 
 

@@ -174,13 +174,7 @@ def _executor(
 
 
 def submit_parts(
-    config: Any,
-    slurm: SlurmConfig,
-    folder: Path,
-    parts: int,
-    throttle: int,
-    after: str | None = None,
-    verify: bool = False,
+    config: Any, slurm: SlurmConfig, parts: int, throttle: int, after: str | None = None, verify: bool = False
 ) -> tuple[str | None, str]:
     """Submits a build as an array of parts, with a merge after it that begins only when all of them succeeded.
 
@@ -189,7 +183,6 @@ def submit_parts(
     Args:
         config: of stage shards.
         slurm: what to ask Slurm for, for each part.
-        folder: for the batch script and the logs; must be visible to all nodes.
         parts: into how many the build is divided; the same number each time.
         throttle: how many run at once.
         after: id of a job that must have succeeded before.
@@ -204,7 +197,7 @@ def submit_parts(
     """
     from shards.build import unfinished_parts
 
-    folder, left = _checked(folder), unfinished_parts(config, parts)
+    folder, left = _checked(logs_of(config)), unfinished_parts(config, parts)
     with _slurms_words():
         jobs = []
         if left:
@@ -216,6 +209,17 @@ def submit_parts(
         before = _array(jobs[0].job_id) if jobs else after
         merge = submit_job(Merge(config, verify), slurm, folder, "mcf-merge", before)
     return (before if jobs else None), merge
+
+
+def logs_of(config: Any) -> Path:
+    """Returns the folder for batch scripts and logs of a stage; it must be visible to all nodes.
+
+    Of a run it is inside; beside a dataset or a map, of which logs are no part, and here where that is on S3.
+    """
+    if hasattr(config, "run"):
+        return Path(config.run) / "logs"
+    name = config.out.rstrip("/")
+    return Path(f"{name.rpartition('/')[2] if '://' in name else name}-logs")
 
 
 def _array(job_id: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from pipeline.average import full_shape
 from pipeline.dataset import traffic
 from pipeline.engine import Engine
 from pipeline.flops import utilisation
@@ -37,7 +38,7 @@ def observed(run: Run, engine: Engine, stream: Stream, start: int, hooks: Sequen
 def about(run: Run, engine: Engine, samples: int) -> dict[str, object]:
     """What the page of a run says of it as a whole."""
     config, model = run.config, cast("MCFMamba", engine.module)
-    numbers = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
+    numbers = sum(full_shape(parameter).numel() for parameter in model.parameters())
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     batch = f"{config.batch.global_batch} = {run.ranks.world} x {engine.micro_batch} x {engine.accumulation}"
     return {

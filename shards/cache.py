@@ -29,6 +29,7 @@ from uuid import uuid4
 
 from shards.store import Store, StoreError, whole
 
+CACHED = "mcf-tars"  # folder of the tars below the one that a config names
 PIECE = 16 << 20  # bytes of one request of a download
 THREADS = 4  # requests of one download under way at once
 TOUCH = 2.0  # seconds; a use is noted at most so often
@@ -60,7 +61,7 @@ class Cache:
         self.url, self.retries = store.url, store.retries
         self.get, self.exists, self.list = store.get, store.exists, store.list
         self.reading, self.put, self.writing = store.reading, store.put, store.writing
-        self.root = folder / "mcf-tars"
+        self.root = folder / CACHED
         self.folder = self.root / hashlib.sha256(identity.encode()).hexdigest()[:32]
         self.counters = dict.fromkeys(("hits", "misses", "bytes_fetched", "evicted", "bypassed"), 0)
         self._names: Sequence[str] | None = None  # to be fetched ahead, not yet taken up

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol, TypeVar
 
@@ -148,7 +148,8 @@ class FolderStore:
                 raise
             raise StoreError(f"{self.url}/{name}: not written: {error.strerror or error}") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # of which there is word already, such as a file where a folder must be
+                temporary.unlink()
 
     def list(self, prefix: str = "") -> list[str]:
         """Sorted names that begin with `prefix`, unfinished files left out."""

@@ -38,7 +38,7 @@ def write_chain(folder: Path, data: str, **slurm: Any) -> Path:
             "where": {"split": ["train"]}, **training,
         },
         "evaluate": {
-            "stage": "evaluate", "run": str(folder / "test"), "checkpoint": str(folder / "finetune"), "data": data,
+            "stage": "evaluate", "run": str(folder / "evaluate"), "checkpoint": str(folder / "finetune"), "data": data,
         },
         "cluster": {"stage": "slurm", "time_min": 10, **slurm},
     }  # fmt: skip
@@ -68,7 +68,7 @@ def test_a_chain_runs_and_goes_on_where_it_stopped(tmp_path: Path, capsys: pytes
     assert command.main(["run", str(path)]) == 0
     said = capsys.readouterr().err
     assert "shards: done before\npretrain: done before\nfinetune: finetune\n" in said
-    assert json.loads((tmp_path / "test/metrics.json").read_text())["pixels"] > 0
+    assert json.loads((tmp_path / "evaluate/metrics.json").read_text())["pixels"] > 0
     assert command.main(["run", str(path)]) == 0
     assert capsys.readouterr().err.count("done before") == 4
 
@@ -106,15 +106,16 @@ def test_all_configs_are_checked_before_anything_begins(tmp_path: Path) -> None:
 @pytest.mark.s3
 @pytest.mark.timeout(600)
 def test_on_slurm_a_failing_stage_stops_it_and_the_same_command_goes_on(
-    slurm: Cluster, s3_url: str, tmp_path: Path
+    slurm: Cluster, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where the logs of a build to S3 go
     path = write_chain(tmp_path, f"{s3_url}/data", tasks_per_node=2)
     config: ChainConfig = configs.load(path)
     finetune = (tmp_path / "finetune.yaml").read_text()
     (tmp_path / "finetune.yaml").write_text(finetune.replace(f"{tmp_path}/pretrain", f"{tmp_path}/nothing"))
     jobs = dict(chain.submit(config))
     for name in NAMES:
-        slurm.watch(jobs[name], tmp_path / ("test" if name == "evaluate" else name) / "logs")
+        slurm.watch(jobs[name], {"shards": tmp_path / "data-logs"}.get(name, tmp_path / name / "logs"))
     with pytest.raises(ChainError, match="of this chain wait or run; look with `mcf jobs`"):
         chain.submit(config)
     slurm.wait(jobs["evaluate"], "CANCELLED", 300)
@@ -123,6 +124,6 @@ def test_on_slurm_a_failing_stage_stops_it_and_the_same_command_goes_on(
     (tmp_path / "finetune.yaml").write_text(finetune)
     again = dict(chain.submit(config))
     assert [again[name] for name in NAMES[:2]] == ["done before"] * 2
-    slurm.watch(again["evaluate"], tmp_path / "test/logs")
+    slurm.watch(again["evaluate"], tmp_path / "evaluate/logs")
     slurm.wait(again["evaluate"], "COMPLETED", 300)
-    assert json.loads((tmp_path / "test/metrics.json").read_text())["pixels"] > 0
+    assert json.loads((tmp_path / "evaluate/metrics.json").read_text())["pixels"] > 0

@@ -163,7 +163,8 @@ def test_room_for_two_checkpoints_or_a_gigabyte(tmp_path: Path, monkeypatch: pyt
         with (folder / "model.safetensors").open("wb") as file:
             file.truncate(size)
         if step != 11:
-            (folder / "state.json").write_text("{}")
+            facts = {"format_version": 1, "step": step, "updates": step, "files": {}}
+            (folder / "state.json").write_text(json.dumps(facts))
     said = refused(disk, config)
     assert f"run: {tmp_path}/run has 1.50 GB free, 2.00 are needed; make room" in said and "temporary" not in said
     monkeypatch.setattr(shutil, "disk_usage", free(0.5 * GB))

@@ -231,8 +231,8 @@ def test_a_build_as_an_array_stops_at_a_bad_part_and_repeats_that_part_alone(slu
     good = label.read_bytes()
     where = north_up(10, 500_000 + 5 * 5000)
     write_scene(label, "label", values=np.full((1, 96, 96), 77, np.uint8), transform=where)  # no class
-    settings, logs = SlurmConfig(time_min=10), tmp_path / "logs"
-    array, merge = submit_parts(config, settings, logs, parts=8, throttle=4)
+    settings, logs = SlurmConfig(time_min=10), tmp_path / "parts-logs"
+    array, merge = submit_parts(config, settings, parts=8, throttle=4)
     assert array is not None
     slurm.watch(merge, logs)
     slurm.wait(merge, "CANCELLED")
@@ -240,13 +240,13 @@ def test_a_build_as_an_array_stops_at_a_bad_part_and_repeats_that_part_alone(slu
     assert sorted(states.values()) == ["COMPLETED"] * 7 + ["FAILED"]
     assert not (tmp_path / "parts" / "manifest.parquet").exists()
     label.write_bytes(good)
-    again, merge = submit_parts(config, settings, logs, parts=8, throttle=4)
+    again, merge = submit_parts(config, settings, parts=8, throttle=4)
     slurm.watch(merge, logs)
     slurm.wait(merge, "COMPLETED")
     assert again is not None and list(slurm.array(again).values()) == ["COMPLETED"], "one part, the one that failed"
     for name in ("manifest.parquet", "dataset.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert submit_parts(config, settings, logs, parts=8, throttle=4)[0] is None, "nothing is left but the merge"
+    assert submit_parts(config, settings, parts=8, throttle=4)[0] is None, "nothing is left but the merge"
 
 
 @pytest.mark.slurm

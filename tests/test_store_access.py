@@ -315,3 +315,9 @@ def failures(url: str) -> Iterator[str]:
         with pytest.raises((StoreError, ManifestError)) as caught:
             call()
         yield from (str(caught.value), repr(caught.value), str(caught.getrepr(showlocals=False, chain=True)))
+
+
+def test_a_file_where_a_folder_must_be_is_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"file/name: not written: (Not a directory|File exists)"):
+        open_store(tmp_path / "file").put("name", b"data")

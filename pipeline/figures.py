@@ -148,10 +148,10 @@ def shares(parts: Mapping[str, float], unit: str) -> bytes:
     figure, axes = _figure(8, 0.8 + 0.4 * len(parts))
     whole = sum(parts.values()) or 1.0
     bars = axes.barh([plain(name) for name in parts], list(parts.values()))
-    axes.bar_label(bars, [f" {value:.3g} {unit}, {value / whole:.0%}" for value in parts.values()])
+    axes.bar_label(bars, [f" {value:,.1f} {unit}, {value / whole:.0%}" for value in parts.values()])
     axes.invert_yaxis()
     axes.set_xlabel(unit)
-    axes.margins(x=0.2)
+    axes.margins(x=0.3)  # for the text beside the longest
     axes.grid(axis="x", alpha=0.3)
     return png(figure)
 

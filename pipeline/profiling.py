@@ -38,8 +38,8 @@ ADVICE = {
     "data": "The model waits for samples: raise reading.threads and reading.memory, or keep tars near by, with "
     "reading.cache_dir.",
     "forward": "Most is the forward pass: engine.precision=bf16 and a faster engine.scan shorten it.",
-    "backward": "Most is the backward pass, as it should be: engine.precision=bf16 shortens it, and so does "
-    "engine.recompute=false where memory allows.",
+    "backward": "Most is the backward pass, as it should be: engine.precision=bf16 shortens it, and where "
+    "engine.recompute is on and memory allows, leaving that out.",
     "communication": "Ranks wait for each other: a larger batch.global_batch makes updates rarer, a lower engine.zero "
     "sends less; see whether one rank is slower than the others.",
     "optimiser": "Most is the update: a larger batch.global_batch makes it rarer, a higher engine.zero divides it "
@@ -191,11 +191,13 @@ def sections(parts: Mapping[str, float], operators: Sequence[tuple[str, float, f
         recorded: which steps these are means of, in words.
     """
     whole = sum(parts.values())
-    rows = [[name, time, 100 * time / whole] for name, time in [*parts.items(), ("step", whole)]]
+    rows = [[name, round(time, 1), round(100 * time / whole, 1)] for name, time in [*parts.items(), ("step", whole)]]
     caption = f"Mean of {recorded}, on rank 0. Communication is counted wherever it happens, also beside computing. "
     caption += "Recording makes steps slower than they are without."
     longest = sorted((row for row in operators if not row[0].startswith((MARK, STEP))), key=lambda row: -row[2])
-    most = [[name[:80], calls, time, 100 * time / whole] for name, calls, time in longest[:OPERATORS]]
+    most = [
+        [name[:80], calls, round(time, 1), round(100 * time / whole, 1)] for name, calls, time in longest[:OPERATORS]
+    ]
     kernels = "on the GPU" if torch.cuda.is_available() else "on the CPU"
     return [
         Text("What to do", advice(parts)),

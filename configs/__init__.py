@@ -26,9 +26,9 @@ STAGES: Mapping[str, str] = types.MappingProxyType(
     {
         "shards": "shards.config:ShardsConfig",
         "pretrain": "pipeline.config:PretrainConfig",
-        "finetune": "pipeline.config:FinetuneConfig",
-        "evaluate": "pipeline.config:EvaluateConfig",
-        "predict": "pipeline.config:PredictConfig",
+        "finetune": "pipeline.finetune_config:FinetuneConfig",
+        "evaluate": "pipeline.evaluate_config:EvaluateConfig",
+        "predict": "pipeline.predict_config:PredictConfig",
         "slurm": "launchers.config:SlurmConfig",
         "chain": "launchers.config:ChainConfig",
     }

@@ -20,9 +20,10 @@ from configs import ConfigError
 from launchers.config import SlurmConfig
 from launchers.node_checks import existing, held
 from pipeline.checkpoint import FOLDER, CheckpointError, facts_of_all, find
-from pipeline.config import FinetuneConfig, PretrainConfig
+from pipeline.config import PretrainConfig
 from pipeline.engine import check_device
 from pipeline.finetune import labelled
+from pipeline.finetune_config import FinetuneConfig
 from pipeline.log import METRICS, read
 from pipeline.model import MCFMamba, ModelConfig
 from pipeline.run import store_of

@@ -202,6 +202,17 @@ class Probe:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProtocolChoice:
+    """Which samples train, validate and test, by a named rule; without a name the `where` fields decide."""
+
+    name: str = Field(default="", description="protocol, such as dfc2020/paper-random; empty = none")
+    fold: int = Field(default=0, ge=0, description="of a protocol with folds: which one is the test set")
+    lists: str = Field(
+        default="", description="of a protocol with id lists: the folder that holds train.txt, val.txt and test.txt"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Training:
     """What pretraining and finetuning have in common."""
 
@@ -266,55 +277,3 @@ class PretrainConfig(Training):
     start: str | None = Field(default=None, description="run, checkpoint or release to take parameters from")
     pictures_every: int = Field(default=0, ge=0, description="steps between reconstruction pictures; 0 = at the end")
     probe: Probe = Field(default_factory=Probe, description="linear probe on labelled samples")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class FinetuneConfig(Training):
-    """`mcf finetune`: segmentation with the labels of the dataset."""
-
-    stage: Literal["finetune"] = "finetune"
-    checkpoint: str | None = Field(
-        default=None, description="run, checkpoint or release to start from (its model: is used); null = from scratch"
-    )
-    fraction: float = Field(default=1.0, gt=0, le=1, description="share of the labelled samples, chosen by seed")
-    limit: int | None = Field(default=None, ge=1, description="number of labelled samples, chosen by seed")
-    val_where: Where = Field(
-        default_factory=lambda: {"split": ["val"]}, description="{column: allowed values} of the validation samples"
-    )
-    validate_every: int = Field(default=0, ge=0, description="steps between validations; 0 = none")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class EvaluateConfig:
-    """`mcf evaluate`: score a finetuned checkpoint on labelled samples."""
-
-    stage: Literal["evaluate"] = "evaluate"
-    run: str = Field(description="folder for metrics.json and confusion.csv")
-    checkpoint: str = Field(description="finetuned run, checkpoint or release")
-    data: str = Field(description="dataset: a folder that holds manifest.parquet, local or s3://")
-    sensors: tuple[str, ...] = Field(default=(), description="modalities to show the model; empty = all it knows")
-    where: Where = Field(
-        default_factory=lambda: {"split": ["test"]}, description="{column: allowed values} of the manifest"
-    )
-    micro_batch: int = Field(default=8, ge=1, description="samples per forward")
-    limit: int | None = Field(default=None, ge=1, description="number of samples, chosen by the manifest's own rule")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class PredictConfig:
-    """`mcf predict`: a map of whole scenes."""
-
-    stage: Literal["predict"] = "predict"
-    checkpoint: str = Field(description="finetuned run, checkpoint or release")
-    scene: dict[str, str] = Field(description="{sensor: raster}, one or more of the sensors the model knows")
-    out: str = Field(description="the map, a Cloud-Optimised GeoTIFF")
-    window: int = Field(default=256, ge=32, multiple_of=32, description="side of a window in pixels")
-    overlap: int = Field(default=64, ge=0, description="pixels that neighbouring windows share")
-    micro_batch: int = Field(default=8, ge=1, description="windows per forward")
-
-    @model_validator(mode="after")
-    def _windows_advance(self) -> Any:
-        """Refuse an overlap that leaves no step from one window to the next."""
-        if self.overlap >= self.window:
-            raise ValueError(f"overlap={self.overlap} must be smaller than window={self.window}")
-        return self

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import configs
 from pipeline.checkpoint import Checkpoint, find, write_text
-from pipeline.config import EvaluateConfig
+from pipeline.evaluate_config import EvaluateConfig
 from pipeline.metrics import scores
 from pipeline.ranks import device, from_environment, init
 from pipeline.run import CONFIG, adopt, code_version

@@ -15,9 +15,9 @@ from torch import Tensor
 from configs import ConfigError
 from pipeline.augment import augmentation
 from pipeline.batch import Batch, drop_modality
-from pipeline.config import FinetuneConfig
 from pipeline.dataset import training_batches
 from pipeline.engine import Engine
+from pipeline.finetune_config import FinetuneConfig
 from pipeline.loop import Hook, Losses, Objective, train
 from pipeline.metrics import scores
 from pipeline.model.cmss import hidden_tokens

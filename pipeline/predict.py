@@ -24,8 +24,8 @@ from configs import ConfigError
 from pipeline import checkpoint
 from pipeline.batch import collate
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import PredictConfig
 from pipeline.model.mcf_mamba import MCFMamba
+from pipeline.predict_config import PredictConfig
 from pipeline.ranks import device, from_environment
 from pipeline.scoring import classify
 from shards.contract import Contract, ContractError

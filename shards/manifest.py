@@ -112,7 +112,11 @@ class Part:
         """At most `limit` of the rows in their order, chosen by a hash of (seed, row)."""
         if limit >= len(self):
             return self
-        which = np.sort(np.argsort(hash64(seed, Use.LIMIT, np.arange(len(self))), kind="stable")[:limit])
+        return self.only(np.argsort(hash64(seed, Use.LIMIT, np.arange(len(self))), kind="stable")[:limit])
+
+    def only(self, which: Ints) -> Part:
+        """These of the rows, by their numbers here, in their order."""
+        which = np.unique(which)
         shards, chosen = _count(self.shards, which), which if self.chosen is None else self.chosen[which]
         return replace(self, chosen=chosen, shards=shards)
 
@@ -154,6 +158,17 @@ class Selection:
     def some(self, limit: int, seed: int = 0) -> Selection:
         """At most `limit` of each part's rows, chosen by a hash of (seed, row)."""
         return replace(self, parts=tuple(_limited(part, limit, seed) for part in self.parts))
+
+    def only(self, which: Ints, **why: Any) -> Selection:
+        """These rows of one dataset, by number; `why` joins the identity.
+
+        Raises:
+            ManifestError: no row is left, or several datasets are mixed.
+        """
+        if len(self.parts) != 1 or not len(which):
+            raise ManifestError(f"{len(which)} samples chosen from {len(self.parts)} datasets; one dataset is needed")
+        (part,) = self.parts
+        return replace(self, parts=(replace(part.only(which), identity={**part.identity, **why}),))
 
     def rows(self, columns: Sequence[str]) -> pa.Table:
         """These columns of the manifest for all selected samples; takes memory for them."""

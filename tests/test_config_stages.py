@@ -7,7 +7,8 @@ import pytest
 
 import configs
 from configs import ConfigError
-from pipeline.config import FinetuneConfig, PretrainConfig
+from pipeline.config import PretrainConfig
+from pipeline.finetune_config import FinetuneConfig
 
 PRESETS = ["demo-pretrain", "demo-finetune", "pretrain-tiny", "pretrain-small", "pretrain-base"]
 

@@ -1,7 +1,8 @@
 """`python -m benchmarks [NAME ...]`: print the tables of the named benchmarks, or of all that measure speed.
 
-Only by name: `corrections`, a study of accuracy that trains for an hour or two; `uploading` and `reading_s3`, which
-need the S3 server of the tests (`make services`).
+Only by name: `corrections` and `evidence`, studies of accuracy that train for an hour or two; `predicting`,
+which takes half an hour and 2 GB of a disk; `uploading` and `reading_s3`, which need the S3 server of the tests
+(`make services`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NAMES = (
     "tiling",
     "training",
 )
-ONLY_BY_NAME = ("corrections", "reading_s3", "uploading")
+ONLY_BY_NAME = ("corrections", "evidence", "predicting", "reading_s3", "uploading")
 
 
 def main() -> None:

@@ -193,7 +193,8 @@ def _compare_training(selection: Selection, encoding: Encoding) -> None:
     contract = selection.contract.normalised("statistics")
 
     def train(made: Stream, turn: bool) -> int:
-        batches = training_batches(made, BATCH, contract, Augmentation(0, turn), made.reader.reading.threads)
+        how = Augmentation(0, "all" if turn else "none")
+        batches = training_batches(made, BATCH, contract, how, made.reader.reading.threads)
         return sum(len(batch) for batch in islice(batches, len(selection) // BATCH))
 
     decoded = {f"decoded, threads={n}": partial(_ours, stream(selection, n)) for n in (1, 2)}

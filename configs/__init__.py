@@ -29,6 +29,7 @@ STAGES: Mapping[str, str] = types.MappingProxyType(
         "finetune": "pipeline.finetune_config:FinetuneConfig",
         "evaluate": "pipeline.evaluate_config:EvaluateConfig",
         "predict": "pipeline.predict_config:PredictConfig",
+        "export": "pipeline.export_config:ExportConfig",
         "slurm": "launchers.config:SlurmConfig",
         "chain": "launchers.config:ChainConfig",
     }

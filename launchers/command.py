@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from launchers import is_message
-from launchers.arguments import Help, add_config, load
+from launchers.arguments import ConfigHelp, Help, add_config, load
+from launchers.predict_command import add_predict
 from launchers.shards_command import add_shards
 
 STAGES = {
@@ -96,11 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config")
     doctor.add_argument("--slurm", metavar="CONFIG", help="where the run is to go: a config of stage slurm")
     doctor.set_defaults(run=_doctor)
-    _add_predict(commands)
-    export = commands.add_parser("export", help="a run's newest checkpoint to a release folder")
-    export.add_argument("checkpoint", metavar="RUN", help="run or checkpoint folder")
-    export.add_argument("out", metavar="OUT", help="release folder to write")
-    export.set_defaults(run=_export)
+    add_predict(commands)
+    _add_export(commands)
     convert = commands.add_parser("convert", help="a public MCF-Mamba or VMamba checkpoint to a release folder")
     convert.add_argument("checkpoint", metavar="CHECKPOINT", help="file of torch.save or safetensors")
     convert.add_argument("out", metavar="OUT", help="release folder to write")
@@ -122,13 +120,13 @@ def _add_jobs(commands: Any) -> None:
         verb.set_defaults(run=_jobs, verb=name)
 
 
-def _add_predict(commands: Any) -> None:
-    predict = commands.add_parser("predict", help="a land-cover map of a whole scene")
-    predict.add_argument("checkpoint", metavar="CHECKPOINT", help="finetuned run, checkpoint or release folder")
-    predict.add_argument("--scene", action="append", required=True, metavar="SENSOR=PATH", help="once per modality")
-    predict.add_argument("--out", required=True, metavar="MAP", help="GeoTIFF to write")
-    predict.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the predict config")
-    predict.set_defaults(run=_predict)
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="a checkpoint to a release", formatter_class=Help, add_help=False)
+    export.add_argument("-h", "--help", action=ConfigHelp, stage="export")
+    export.add_argument("checkpoint", metavar="RUN", help="run (its newest checkpoint), RUN/best, or checkpoint")
+    export.add_argument("out", metavar="OUT", help="release to write, a folder or s3://")
+    export.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the export config")
+    export.set_defaults(run=_export)
 
 
 def _demo(parsed: argparse.Namespace) -> int:
@@ -234,7 +232,7 @@ def _chain(parsed: argparse.Namespace) -> int:
 
     config = load(parsed, "chain")
     if parsed.dry_run:
-        print(chain.plan(config))
+        print(chain.plan(config, parsed.on, parsed.processes))
         return 0
     if parsed.on == "slurm":
         print("\n".join(f"{name}: {job}" for name, job in chain.submit(config)))
@@ -265,23 +263,12 @@ def _doctor(parsed: argparse.Namespace) -> int:
     return int(any(not finding.ok for finding in findings))
 
 
-def _predict(parsed: argparse.Namespace) -> int:
-    import configs
-    from pipeline.predict import predict
-
-    scenes = [item.partition("=") for item in parsed.scene]
-    if wrong := [item for item in parsed.scene if "=" not in item]:
-        raise configs.ConfigError(f"--scene {wrong[0]!r}: write SENSOR=PATH")
-    given = [f"checkpoint={parsed.checkpoint}", f"out={parsed.out}", *parsed.overrides]
-    given += [f"scene.{sensor}={path}" for sensor, _, path in scenes]
-    print(predict(configs.load("predict", given)))
-    return 0
-
-
 def _export(parsed: argparse.Namespace) -> int:
+    import configs
     from pipeline.export import export
 
-    print(export(parsed.checkpoint, Path(parsed.out)))
+    given = [f"checkpoint={parsed.checkpoint}", f"out={parsed.out}", *parsed.overrides]
+    print(export(configs.load("export", given)))
     return 0
 
 

@@ -138,6 +138,8 @@ def evaluations(out: Path, scale: Scale) -> Iterator[Any]:
     """Configs of the evaluations of all finetuning runs on the test places."""
     for config in trainings(out, scale):
         raw = {"stage": "evaluate", "run": f"{config.run}-test", "checkpoint": config.run, "data": config.data}
+        whole = Path(config.run).name == run_name(ARMS[1], scale.seeds[0])  # of the run that is exported, everything
+        raw |= {"modalities": whole, "maps": 6 if whole else 0}
         yield configs.parse({**raw, "sensors": list(config.sensors), "micro_batch": 16})
 
 
@@ -154,7 +156,8 @@ def export_release(out: Path, run: Path) -> None:
     from pipeline.export import export
 
     shutil.rmtree(out / "release", ignore_errors=True)  # a folder that this demo made, from the same run
-    export(run, out / "release", evaluations=[f"{run}-test"], licence="Apache-2.0")
+    raw = {"stage": "export", "checkpoint": str(run), "out": str(out / "release"), "licence": "Apache-2.0"}
+    export(configs.parse({**raw, "evaluations": [f"{run}-test"]}))
 
 
 def verdict(scores: dict[str, list[float]], report: Path) -> str:

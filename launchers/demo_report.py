@@ -50,7 +50,7 @@ def predict_scene(out: Path, run: Path) -> Path:
     sensors = configs.load(run / "config.yaml").sensors
     scene = {name: place.of(name)[0].path for name in sensors}
     raw = {"stage": "predict", "checkpoint": str(run), "scene": scene, "out": str(out / "map.tif")}
-    return predict(configs.parse({**raw, "window": 128, "overlap": 32}))
+    return Path(predict(configs.parse({**raw, "window": 128, "overlap": 32})))
 
 
 def write(out: Path, seeds: tuple[int, ...], arms: tuple[str, ...]) -> dict[str, list[float]]:

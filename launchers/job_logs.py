@@ -28,6 +28,7 @@ DIED = re.compile(
     r"^srun: error: \S+: tasks? (\d+)\S*: (.+)\n(?:slurmstepd.*\n)*srun: .*Terminating StepId", re.MULTILINE
 )
 CANCELLED = re.compile(r"\*\*\* .* CANCELLED AT ([\d-]+T[\d:]+)")
+RANK = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)  # torch's, before each line of a rank's traceback
 SLURM = ("srun: ", "slurmstepd", "submitit ")
 
 
@@ -73,7 +74,7 @@ class Logs:
 
     def last_words(self) -> str:
         """The last line of rank 0's stderr, one of Slurm's only where there is no other."""
-        lines = [line for path in self.of(0)[-1:] for line in tail(path).splitlines() if line.strip()]
+        lines = [line for path in self.of(0)[-1:] for line in RANK.sub("", tail(path)).splitlines() if line.strip()]
         own = [line for line in lines if not line.startswith(SLURM) and "slurm_script: " not in line]
         return (own or lines or [""])[-1]
 
@@ -168,6 +169,7 @@ def _written(logs: Logs) -> float:
 
 def _traceback(text: str) -> list[str]:
     """The last traceback in a text and what follows it, without what Slurm says."""
+    text = RANK.sub("", text)
     start = text.rfind("Traceback (most recent call last):")
     return [] if start < 0 else [line for line in text[start:].splitlines() if line and not line.startswith(SLURM)]
 

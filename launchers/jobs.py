@@ -20,14 +20,14 @@ from typing import Any, TextIO
 
 from launchers import job_logs
 from launchers.job_logs import JOB_ID, Logs
-from launchers.slurm_queue import ENDING, LIVE, JobsError, SlurmJob, call, look, states
+from launchers.slurm_queue import ENDING, LIVE, JobsError, SlurmJob, call, look, of_folder, states
 from pipeline.log import METRICS
 
 SAVE_S = 300.0  # for a job to save when it is to end
 KILLED_S = 60.0  # for Slurm to end a job; its KillWait is less as a rule
 AGAIN_S = 10.0  # between two TERMs: one that comes while Python starts is lost
 RECENT = 100  # steps whose median time counts
-NOTE = 100  # characters
+NOTE = 240  # characters; room for the folder's name in what keeps a run down, and for the cause
 HEADER = ["job", "state", "nodes", "run", "stage", "step", "loss", "left", "job has", "requeues", "checkpoint", "note"]
 
 
@@ -144,10 +144,8 @@ def _jobs(run: str) -> list[SlurmJob]:
     folder = Path(run) / "logs"
     if _is_id(run):
         found = look(run)[0]
-    elif ids := {job.split("_")[0] for job in job_logs.submitted(folder)}:
-        # A folder that was copied from elsewhere names jobs that are others here.
-        place = os.path.realpath(folder)
-        found = [job for job in look(*sorted(ids))[0] if os.path.realpath(job.logs) == place]
+    elif job_logs.submitted(folder):
+        found = of_folder(folder)
     else:
         raise JobsError(f"{run}: neither the id of a job, nor a run folder whose logs/ names one")
     if not found:

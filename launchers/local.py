@@ -26,6 +26,7 @@ from types import FrameType
 from typing import IO, Any, BinaryIO, TextIO
 
 import configs
+from pipeline.holding import check_free
 from pipeline.ranks import Ranks, child_environment
 from pipeline.signals import EXIT_HUNG, EXIT_STOPPED
 
@@ -51,7 +52,10 @@ def run(config: Any, processes: int, log_dir: Path, kill_when: Callable[[], bool
 
     Raises:
         ValueError: fewer than one process.
+        RunHeld: another run is at work in the stage's run folder.
     """
+    if run := getattr(config, "run", ""):
+        check_free(Path(run))
     log_dir.mkdir(parents=True, exist_ok=True)
     path = log_dir / "config.yaml"
     path.write_text(configs.dump(config), encoding="utf-8")

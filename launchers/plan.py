@@ -19,16 +19,18 @@ import torch
 from configs import ConfigError
 from launchers.config import SlurmConfig
 from launchers.node_checks import existing, held
+from launchers.words import counted, in_bytes, in_hours
 from pipeline.checkpoint import FOLDER, CheckpointError, facts_of_all, find
 from pipeline.config import PretrainConfig
 from pipeline.engine import check_device
 from pipeline.finetune import labelled
-from pipeline.finetune_config import FinetuneConfig
+from pipeline.finetune_config import FinetuneConfig, resolved
 from pipeline.log import METRICS, read
 from pipeline.model import MCFMamba, ModelConfig
-from pipeline.run import store_of
+from pipeline.run import fitted, is_finished, store_of
+from pipeline.seeds import per_seed
 from shards.cache import CACHED, PIECE
-from shards.contract import Contract
+from shards.contract import Contract, ContractError
 from shards.manifest import Part, Selection, select
 from shards.order import BLOCK, CYCLE, Mix
 from shards.store import FolderStore, open_store
@@ -80,10 +82,15 @@ def plan(config: Training, ranks: int, slurm: SlurmConfig | None = None, step_se
         StoreError: data or checkpoints cannot be reached from here.
     """
     if isinstance(config, FinetuneConfig):
-        selection = labelled(config)
+        runs = per_seed(config)
+        selection = labelled(runs[0])
+        config = resolved(runs[0], len(selection))
     else:
+        runs = []
         selection = select(config.data, modalities=config.sensors, where=config.where)
     draft = _Draft(config, ranks, slurm, selection, order_of(selection, config.seed, config.lanes))
+    if len(runs) > 1:
+        draft.rows.append(("seeds", f"{len(runs)} runs, one after the other; what follows is of the first"))
     _stands(draft)
     if draft.left:
         _batches(draft)
@@ -124,7 +131,8 @@ class _Draft:
     @property
     def left(self) -> int:
         """Steps still to do."""
-        return self.config.steps - self.step
+        done = self.facts is not None and is_finished(self.config, self.facts)
+        return 0 if done else self.config.steps - self.step
 
     @property
     def far(self) -> bool:
@@ -140,7 +148,10 @@ def _stands(draft: _Draft) -> None:
     except CheckpointError as error:
         draft.warnings.append(f"run: {error}; planned from step 0, though the run may go on from an older checkpoint")
     begun = f"goes on from step {draft.step:,}" if draft.step else "begins"
-    said = begun if draft.left else f"is finished: all {config.steps:,} steps are done, and nothing will happen"
+    why = (
+        f"all {config.steps:,} steps are done" if draft.step == config.steps else f"patience ended it at {draft.step:,}"
+    )
+    said = begun if draft.left else f"is finished: {why}, and nothing will happen"
     draft.rows.append(("run", f"{config.run} {said}"))
 
 
@@ -150,12 +161,12 @@ def _batches(draft: _Draft) -> None:
     draft.rows.append(("steps", f"{config.steps:,}, {draft.left:,} of them left"))
     try:
         micro, accumulation = config.batch.split(draft.ranks)
-        text = f"{batch:,} = {_count(draft.ranks, 'rank')} x {micro} a micro-batch x {accumulation} accumulated"
+        text = f"{batch:,} = {counted(draft.ranks, 'rank')} x {micro} a micro-batch x {accumulation} accumulated"
         draft.rows.append(("global batch", text))
     except ConfigError as error:
         draft.problems.append(str(error))
     shards = sum(len(part.shards) for part in selection.parts)
-    draft.rows.append(("samples", f"{len(selection):,} in {_count(shards, 'shard')}"))
+    draft.rows.append(("samples", f"{len(selection):,} in {counted(shards, 'shard')}"))
     if len(selection) < batch:
         draft.problems.append(
             f"batch.global_batch={batch}: the selection has {len(selection)} samples, fewer than one global batch; "
@@ -178,7 +189,7 @@ def _reads(draft: _Draft) -> None:
     each = [_per_sample(part, whole) for part in selection.parts]
     size, tars = (sum(share * one[i] for share, one in zip(draft.shares, each, strict=True)) for i in (0, 1))
     total = size * config.steps * config.batch.global_batch
-    draft.rows.append(("read", f"about {_size(size * count)} an epoch, {_size(total)} in the run"))
+    draft.rows.append(("read", f"about {in_bytes(size * count)} an epoch, {in_bytes(total)} in the run"))
     requests, how = round(tars * count), "single samples"
     if whole:
         # A lane's end cuts every other time a block in two.
@@ -231,19 +242,20 @@ def _cache(draft: _Draft) -> None:
             everything += sum(sizes)
             pieces += sum(math.ceil(size / PIECE) for size in sizes)
     limit, place = reading.cache_limit, Path(reading.cache_dir)
-    text = f"{_size(now)} of tars at a time on each node, {_size(everything)} in all, under cache_limit {_size(limit)}"
+    now_and_all = f"{in_bytes(now)} of tars at a time on each node, {in_bytes(everything)} in all"
+    text = f"{now_and_all}, under cache_limit {in_bytes(limit)}"
     how_often = "once" if everything <= limit else "every epoch"
     draft.rows.append(("cache", f"{text}; fetched {how_often} by about {pieces:,} requests"))
     if now > limit:
         draft.warnings.append(
-            f"reading.cache_limit={limit}: the lanes read {_size(now)} of tars at a time, so tars are read past the "
+            f"reading.cache_limit={limit}: the lanes read {in_bytes(now)} of tars at a time, so tars are read past the "
             f"cache; write reading.cache_limit={now} or more, fewer lanes, or reading.cache_dir=''"
         )
     wanted, (disk, free) = min(everything, limit) - held(place / CACHED), _disk(place)
     if wanted > free:
         text = (
-            f"reading.cache_limit={limit}: the cache will take {_size(wanted)} more, but {disk} has {_size(free)} free "
-            "here; write a smaller reading.cache_limit, or reading.cache_dir=PATH on another disk"
+            f"reading.cache_limit={limit}: the cache will take {in_bytes(wanted)} more, but {disk} has "
+            f"{in_bytes(free)} free here; write a smaller reading.cache_limit, or reading.cache_dir= on another disk"
         )
         # Disks of the same name on the nodes of a cluster are others than here.
         (draft.warnings if draft.slurm else draft.problems).append(text)
@@ -257,18 +269,18 @@ def _checkpoints(draft: _Draft) -> None:
     multiples = sum(step % config.keep_every == 0 for step in saved) if config.keep_every else 0
     most = min(len(saved), config.keep + multiples + 1) + bool(config.keep_best)
     draft.rows.append(("parameters", f"{parameters / 1e6:,.2f} million"))
-    text = f"{_size(size)} each, at most {most} at a time (one being written): {_size(most * size)}"
+    text = f"{in_bytes(size)} each, at most {most} at a time (one being written): {in_bytes(most * size)}"
     store = store_of(config)
     if not isinstance(store, FolderStore):
         draft.rows.append(("checkpoints", f"{text}, in {store.url}"))
         return
     disk, free = _disk(store.root)
-    draft.rows.append(("checkpoints", f"{text}; {_size(free)} free in {disk}"))
+    draft.rows.append(("checkpoints", f"{text}; {in_bytes(free)} free in {disk}"))
     wanted = most * size - held(store.root / FOLDER)
     if wanted > free:
         draft.problems.append(
-            f"keep={config.keep}, keep_every={config.keep_every}: checkpoints will take {_size(wanted)} more, but "
-            f"{disk} has {_size(free)} free; write a smaller keep, a larger keep_every, or store= of another disk"
+            f"keep={config.keep}, keep_every={config.keep_every}: checkpoints will take {in_bytes(wanted)} more, but "
+            f"{disk} has {in_bytes(free)} free; write a smaller keep, a larger keep_every, or store= of another disk"
         )
 
 
@@ -282,6 +294,12 @@ def _parameters(draft: _Draft) -> int:
     except CheckpointError as error:
         draft.warnings.append(f"the parameters are those of model: of the config, since {error}")
     contract = Contract.from_json(source["contract"]) if source else draft.selection.contract
+    if source and not draft.facts:
+        adapt = config.adapt if isinstance(config, FinetuneConfig) else None
+        try:
+            contract, *_ = fitted(contract, draft.selection.contract, config, adapt)
+        except ContractError as error:
+            draft.problems.append(str(error))
     structure = ModelConfig(**source["model"]) if source else config.model
     outputs, classes = sum(contract.channels.values()), draft.selection.contract.classes
     if isinstance(config, FinetuneConfig) and classes:
@@ -302,8 +320,8 @@ def _time(draft: _Draft, step_seconds: float | None) -> None:
         parts = _parts(draft, draft.slurm, seconds)
         _notice(draft, draft.slurm, lines)
     if seconds is not None:
-        total, starts = draft.left * seconds + parts * START_UP, f"{_count(parts, 'start')} of {START_UP} s"
-        draft.rows.append(("time", f"{_duration(total)} for {draft.left:,} steps and {starts}, without validation"))
+        total, starts = draft.left * seconds + parts * START_UP, f"{counted(parts, 'start')} of {START_UP} s"
+        draft.rows.append(("time", f"{in_hours(total)} for {draft.left:,} steps and {starts}, without validation"))
 
 
 def _measured(draft: _Draft, lines: Sequence[Mapping[str, Any]]) -> tuple[float | None, str]:
@@ -319,10 +337,10 @@ def _measured(draft: _Draft, lines: Sequence[Mapping[str, Any]]) -> tuple[float 
     world = round(last[-1]["samples_per_second"] / last[-1]["samples_per_second_per_device"])
     if world != draft.ranks:
         draft.warnings.append(
-            f"{folder / METRICS} is of {_count(world, 'rank')}, this run of {draft.ranks}: its steps will take another "
-            "time; give --step-seconds, or run --profile as the run will be"
+            f"{folder / METRICS} is of {counted(world, 'rank')}, this run of {draft.ranks}: its steps will take "
+            "another time; give --step-seconds, or run --profile as the run will be"
         )
-    origin = f"median of the last {_count(len(last), 'step')} in {folder / METRICS}, {_count(world, 'rank')}"
+    origin = f"median of the last {counted(len(last), 'step')} in {folder / METRICS}, {counted(world, 'rank')}"
     return draft.config.batch.global_batch / speed, origin
 
 
@@ -338,12 +356,12 @@ def _parts(draft: _Draft, slurm: SlurmConfig, seconds: float | None) -> int:
         )
         return 1
     if not step:
-        draft.rows.append(("slurm", f"time limit {_duration(limit)}; parts unknown, as a step is"))
+        draft.rows.append(("slurm", f"time limit {in_hours(limit)}; parts unknown, as a step is"))
         return 1
     each = int(stepping / step)
     parts = math.ceil(draft.left / each)
-    text = f"time limit {_duration(limit)}: {_count(parts, 'part')} of {each:,} steps at most"
-    draft.rows.append(("slurm", f"{text}, {_count(parts - 1, 'requeue')} of {slurm.max_requeues}"))
+    text = f"time limit {in_hours(limit)}: {counted(parts, 'part')} of {each:,} steps at most"
+    draft.rows.append(("slurm", f"{text}, {counted(parts - 1, 'requeue')} of {slurm.max_requeues}"))
     if parts - 1 > slurm.max_requeues:
         draft.warnings.append(
             f"max_requeues={slurm.max_requeues}: the run needs {parts - 1}, and stays down at about step "
@@ -376,20 +394,3 @@ def _disk(folder: Path) -> tuple[Path, int]:
     """The folder, or the nearest above it that exists, and the bytes that are free there."""
     found = existing(folder)
     return found, shutil.disk_usage(found).free
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _size(count: float) -> str:
-    """Bytes in words, of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"

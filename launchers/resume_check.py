@@ -36,7 +36,17 @@ FEWEST_STEPS = 10  # with fewer, hardly anything lies between a checkpoint, the 
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-3, "fp16": 5e-3}
 RUNS = ("whole", "killed", "fewer")
 # What does not change a step, and would only take time or disk.
-FIXED = {"store": "", "keep": 2, "keep_every": 0, "keep_best": "", "pictures_every": 0, "validate_every": 0}
+FIXED = {
+    "store": "",
+    "keep": 2,
+    "keep_every": 0,
+    "keep_best": "",
+    "patience": 0,
+    "pictures_every": 0,
+    "validate_every": 0,
+    "epochs": None,
+    "seeds": (),
+}
 
 
 class ResumeCheckError(RuntimeError):
@@ -126,9 +136,9 @@ def experiment(config: Any, name: str) -> Any:
     Raises:
         ConfigError: too few steps.
     """
-    if config.steps < FEWEST_STEPS:
+    steps = min(STEPS, config.steps or STEPS)  # where epochs are given, nobody has counted the samples yet
+    if steps < FEWEST_STEPS:
         raise ConfigError(f"steps: {config.steps} given; --resume-check needs at least {FEWEST_STEPS} to kill a run in")
-    steps = min(STEPS, config.steps)
     run = str(Path(f"{Path(config.run)}-resume-check") / name)
     changes = {**FIXED, "run": run, "steps": steps, "checkpoint_every": max(1, EVERY * steps // STEPS)}
     known = {field.name for field in fields(config)}

@@ -28,6 +28,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from launchers.config import SlurmConfig
 from launchers.job import Job, Merge, PreflightError
+from launchers.slurm_queue import JobsError, of_folder, take_over
 from pipeline import ranks
 from pipeline.signals import EXIT_HUNG, EXIT_STOPPED, Stopped, StopRequest
 
@@ -93,9 +94,15 @@ class Task:
         if not nodes:
             return
         without = ",".join([*([self.slurm.exclude] if self.slurm.exclude else []), *nodes])
+        old = submitit.JobEnvironment().job_id
         with ranks.as_outside_of_a_job():
             job_id = submit_job(self.job, replace(self.slurm, exclude=without), self.folder, self.name)
         print(f"submitted again as {job_id} without {', '.join(nodes)}", flush=True)
+        try:  # before this job fails, and what waits for it is cancelled
+            for waiting in take_over(old, job_id):
+                print(f"job {waiting}, which waited for this one, now waits for {job_id}", flush=True)
+        except JobsError as error:
+            print(f"what waits for this job is cancelled with it: {error}", flush=True)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Returns what to run next, for a USR2 that comes before `__call__` has begun: the same."""
@@ -145,9 +152,15 @@ def submit(config: Any, slurm: SlurmConfig, folder: Path, after: str | None = No
         The job id.
 
     Raises:
-        SlurmError: there is no Slurm here, or it refused the job.
+        SlurmError: there is no Slurm here, it refused the job, or an earlier one of the same folder waits or runs.
+        JobsError: its queue does not answer.
         ValueError: the folder's name holds a pattern of Slurm's.
     """
+    if live := next((job for job in of_folder(_checked(folder)) if job.live), None):
+        raise SlurmError(
+            f"{folder}: job {live.id} is there and {live.words} (user {live.uid}), and a run has one job at a time; "
+            f"wait for its end, or end it with `mcf jobs cancel {live.id}`, or choose another folder"
+        )
     return submit_job(Job(config), slurm, folder, f"mcf-{config.stage}", after)
 
 
@@ -198,17 +211,41 @@ def submit_parts(
     from shards.build import unfinished_parts
 
     folder, left = _checked(logs_of(config)), unfinished_parts(config, parts)
+    slurm = replace(slurm, nodes=1, tasks_per_node=1)  # a part is the work of one process
+    jobs = [Job(replace(config, part=f"{part}/{parts}")) for part in left]
+    return submit_array(jobs, Merge(config, verify), slurm, folder, throttle, "mcf-shards", after)
+
+
+def submit_array(
+    jobs: Sequence[Callable[[], object]], last: Callable[[], object], slurm: SlurmConfig, folder: Path, throttle: int,
+    name: str, after: str | None = None,
+) -> tuple[str | None, str]:  # fmt: skip
+    """Submits an array of jobs and a last one, which begins in one process when all of them succeeded.
+
+    Args:
+        jobs: picklable; there may be none.
+        last: picklable.
+        slurm: what to ask Slurm for, for each of them.
+        folder: for the batch scripts and the logs; must be visible to all nodes.
+        throttle: how many run at once.
+        name: of the array.
+        after: id of a job that must have succeeded before.
+
+    Returns:
+        Job ids of the array (None without jobs) and of the last job.
+
+    Raises:
+        SlurmError: there is no Slurm here, or it refused a job.
+    """
+    folder, submitted = _checked(folder), []
     with _slurms_words():
-        jobs = []
-        if left:
-            executor = _executor(slurm, "mcf-shards", folder, after, throttle)
+        if jobs:
+            executor = _executor(slurm, name, folder, after, throttle)
             with executor.batch():
-                for part in left:
-                    work = Job(replace(config, part=f"{part}/{parts}"))
-                    jobs.append(executor.submit(Task(work, folder, slurm)))
-        before = _array(jobs[0].job_id) if jobs else after
-        merge = submit_job(Merge(config, verify), slurm, folder, "mcf-merge", before)
-    return (before if jobs else None), merge
+                submitted = [executor.submit(Task(job, folder, slurm)) for job in jobs]
+        array = _array(submitted[0].job_id) if submitted else None
+        single = replace(slurm, nodes=1, tasks_per_node=1)
+        return array, submit_job(last, single, folder, "mcf-merge", array or after)
 
 
 def logs_of(config: Any) -> Path:

@@ -136,6 +136,31 @@ def look(*ids: str) -> tuple[list[SlurmJob], list[str]]:
     return sorted(found, key=lambda job: job_logs.order(job.id), reverse=True), trouble
 
 
+def of_folder(logs: Path) -> list[SlurmJob]:
+    """Jobs that Slurm knows, whose scripts and logs are in a folder; newest first."""
+    ids = {job.split("_")[0] for job in job_logs.submitted(logs)}
+    # A folder that was copied from elsewhere names jobs that are others here.
+    place = os.path.realpath(logs)
+    return [job for job in look(*sorted(ids))[0] if os.path.realpath(job.logs) == place] if ids else []
+
+
+def take_over(old: str, new: str) -> list[str]:
+    """Let this user's jobs that wait for one job wait for another instead; their ids.
+
+    Raises:
+        JobsError: Slurm does not answer, or refused.
+    """
+    moved = []
+    for line in _queue(["--user", str(os.getuid())], "%i %T %E"):
+        job, state, waits = line.split(BETWEEN)
+        words = re.sub(r"\(\w+\)", "", waits)  # afterok:12(unfulfilled)
+        changed = re.sub(rf"\b{old}\b", new, words)
+        if state == "PENDING" and changed != words:
+            call("scontrol", "update", f"JobId={job}", f"Dependency={changed}")
+            moved.append(job)
+    return moved
+
+
 def _queue(which: Sequence[str], fields: str) -> list[str]:
     """A line of fields for each job in the queue, or ended so lately that the controller remembers it."""
     try:

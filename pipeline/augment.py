@@ -1,15 +1,16 @@
 """Augmentation: crops, flips and quarter turns, chosen per sample by its position, alike for all its modalities.
 
 Land has no up in a nadir image, so all eight symmetries of the square are natural; on a tile that is not square the
-four that keep its shape. Everything here is a view of the sample's arrays: pixels move once, when they are normalised
-into their batch.
+four that keep its shape; for a side-looking radar only the mirror image (`CODES`). Everything here is a view of the
+sample's arrays: pixels move once, when they are normalised into their batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 
@@ -19,6 +20,11 @@ from shards.order import Use, hash64
 from shards.sample import Sample
 
 ROWS, COLS = 1, 2  # what a number of a crop is for
+# Bits of `symmetry` that may be set. A side-looking radar sees every wall from one side and throws shadows to the
+# other: turned or flipped along its line of sight, an image is one that it never takes. SpaceNet 6 was flown from east
+# to west, and `batch.upright` turns what was seen from the other side, so that its line of sight is the columns' one
+# way; a mirror from left to right keeps it.
+CODES: Mapping[str, int] = MappingProxyType({"none": 0, "mirror": 4, "all": 7})
 
 Image = NDArray[Any]
 
@@ -28,7 +34,7 @@ class Augmentation:
     """What is done to every sample: a square crop of `crop` pixels, then a flip or turn, both keyed by `seed`."""
 
     seed: int = 0
-    turn: bool = False
+    turn: Literal["none", "mirror", "all"] = "none"
     crop: int | None = None
 
 
@@ -49,8 +55,8 @@ def augment(sample: Sample, position: int, how: Augmentation) -> Sample:
         row, col = _corner(position, how.seed, size, height, width)
         sample = changed(sample, lambda image: image[..., row : row + size, col : col + size])
         height = width = size
-    if how.turn:
-        code = int(hash64(how.seed, position, Use.AUGMENT)) & (7 if height == width else 6)
+    if how.turn != "none":
+        code = int(hash64(how.seed, position, Use.AUGMENT)) & CODES[how.turn] & (7 if height == width else 6)
         sample = changed(sample, lambda image: symmetry(image, code))
     return sample
 

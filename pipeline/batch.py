@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ class Batch:
         label: int64 [B, H, W], the contract's `ignore` where unlabelled; None when a sample has no label.
         positions: int64 [B], the samples' positions in the order of training: the key of all randomness.
         keys: names of the samples.
+        instances: int32 [B, H, W], the number of each pixel's polygon, 0 outside; None when a sample has none.
+        facts: what each sample's record says of it.
     """
 
     values: dict[str, Tensor]
@@ -35,18 +38,20 @@ class Batch:
     label: Tensor | None
     positions: Tensor
     keys: list[str]
+    instances: Tensor | None = None
+    facts: Sequence[Mapping[str, Any]] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        return Batch(
-            {name: tensor.to(device, non_blocking=True) for name, tensor in self.values.items()},
-            {name: tensor.to(device, non_blocking=True) for name, tensor in self.valid.items()},
-            None if self.label is None else self.label.to(device, non_blocking=True),
-            self.positions.to(device),
-            self.keys,
+        """The same batch on another device; instances, which no network sees, stay where they are."""
+        return replace(
+            self,
+            values={name: tensor.to(device, non_blocking=True) for name, tensor in self.values.items()},
+            valid={name: tensor.to(device, non_blocking=True) for name, tensor in self.valid.items()},
+            label=None if self.label is None else self.label.to(device, non_blocking=True),
+            positions=self.positions.to(device),
         )
 
     def pin_memory(self) -> Batch:
@@ -90,13 +95,15 @@ def collate(
             f"samples of several sizes in one batch: {sorted(sizes)}; build the shards with one tile size"
         )
     labels = [sample.label for sample in samples if sample.label is not None]
-    whole = len(labels) == len(samples)
+    instances = [sample.instances for sample in samples if sample.instances is not None]
     return Batch(
         {m.sensor: _normalised([s.tiles[m.sensor] for s in samples], m, empty, each) for m in contract.modalities},
         {name: torch.from_numpy(np.stack([s.tiles[name].valid for s in samples])) for name in contract.sensors},
-        torch.from_numpy(np.stack(labels).astype(np.int64)) if whole else None,
+        torch.from_numpy(np.stack(labels).astype(np.int64)) if len(labels) == len(samples) else None,
         torch.tensor([position for _, position in items], dtype=torch.int64),
         [sample.key for sample in samples],
+        torch.from_numpy(np.stack(instances).astype(np.int32)) if len(instances) == len(samples) else None,
+        [sample.meta for sample in samples],
     )
 
 

@@ -34,6 +34,8 @@ from torch import Tensor
 from pipeline.engine import State
 from pipeline.model.config import ModelConfig
 from pipeline.model.mcf_mamba import MCFMamba
+from pipeline.model.release import CONFIG, opened, read_contract, read_lineage
+from pipeline.model.remote import is_hub
 from shards.contract import Contract
 from shards.store import FolderStore, Store, StoreError, open_store
 
@@ -55,7 +57,7 @@ class Checkpoint:
 
     Attributes:
         address: of its folder, local or s3://.
-        facts: state.json; of a release: its model, contract and hash only.
+        facts: state.json; of a release: its model, contract, hash and lineage only.
         state: what the engine remembers; of a release parameters alone, and no tensors where none were asked for.
     """
 
@@ -251,7 +253,8 @@ def find(where: str | Path) -> Checkpoint:
     """The checkpoint at an address, local or s3://.
 
     Args:
-        where: a run (its newest checkpoint is taken), RUN/latest or RUN/best, a checkpoint folder, or a local release.
+        where: a run (its newest checkpoint is taken), RUN/latest or RUN/best, a checkpoint folder, or a release
+            (also ORG/NAME@REVISION on the Hugging Face Hub).
 
     Raises:
         CheckpointError: it is none of these.
@@ -265,12 +268,15 @@ def find(where: str | Path) -> Checkpoint:
         return load(f"{parent or '.'}/{name_of(step)}")
     if found := newest(store):
         return found
-    folder = Path(address)
-    if isinstance(store, FolderStore) and (folder / "config.json").is_file() and (folder / MODEL).is_file():
-        return _from_release(folder)
+    # Without @ it might be a run that is not there yet, and a stage asks the network for nothing unless it is told to.
+    if ("@" in address and is_hub(address)) or (store.exists(CONFIG) and store.exists(MODEL)):
+        return _from_release(address)
+    if seeds := sorted({name.split("/")[0] for name in store.list("seed-")}):
+        raise CheckpointError(f"{where} holds the runs of several seeds; give one of them: {', '.join(seeds)}")
     raise CheckpointError(
         f"{where}: no checkpoint there; give a run folder (holding {FOLDER}/), RUN/{LATEST} or RUN/{BEST}, "
-        f"a folder step-NNNNNN, or a release folder (holding {MODEL} and config.json)"
+        f"a folder step-NNNNNN, or a release folder (holding {MODEL} and {CONFIG}); or ORG/NAME@REVISION of "
+        "the Hugging Face Hub"
     )
 
 
@@ -294,8 +300,13 @@ def write_text(path: Path, text: str) -> None:
         raise StoreError(f"{path}: not written: {error}") from error
 
 
-def _from_release(folder: Path) -> Checkpoint:
-    model = MCFMamba.from_pretrained(folder)
-    contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
-    facts = {"model": asdict(model.config), "contract": contract, "files": {MODEL: sha256(folder / MODEL)}}
-    return Checkpoint(str(folder), facts, State(model.state_dict(), {}, 0))
+def _from_release(address: str) -> Checkpoint:
+    with opened(address) as folder:
+        model = MCFMamba.from_pretrained(folder)
+        facts = {
+            "model": asdict(model.config),
+            "contract": read_contract(folder),
+            "files": {MODEL: sha256(folder / MODEL)},
+            "lineage": read_lineage(folder),
+        }
+    return Checkpoint(address, facts, State(model.state_dict(), {}, 0))

@@ -95,6 +95,10 @@ class Optim:
     ema: float = Field(
         default=0.0, ge=0, lt=1, description="decay per step of an average of the parameters, used later; 0 = none"
     )
+    layer_decay: float = Field(
+        default=1.0, gt=0, le=1, description="factor of the rate from each layer to the one before it; 1 = one rate"
+    )
+    head_lr: float | None = Field(default=None, gt=0, description="peak learning rate of the head; null = lr")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -240,6 +244,9 @@ class Training:
         default="",
         description="metric whose best step is kept too, such as val/mIoU (of losses, the lowest); empty = none",
     )
+    patience: int = Field(
+        default=0, ge=0, description="values of keep_best without a better one, after which the run ends; 0 = never"
+    )
     store: str = Field(
         default="", description="folder or s3:// prefix for checkpoints and what resuming needs; empty = run"
     )
@@ -256,8 +263,20 @@ class Training:
         default="statistics",
         description="by statistics or by clip range (the paper's); a start keeps its own",
     )
-    augment: bool = Field(default=True, description="flips and quarter turns")
+    force: bool = Field(
+        default=False, description="begin from a checkpoint that the data do not fit; every checkpoint then says so"
+    )
+    augment: Literal["none", "mirror", "all"] = Field(
+        default="all", description="all: flips and quarter turns; mirror: left-right alone, for side-looking radar"
+    )
     crop: int | None = Field(default=None, ge=32, description="side of a crop taken of every sample; null = all of it")
+
+    @model_validator(mode="after")
+    def _patience_has_a_metric(self) -> Any:
+        """Refuse to wait for nothing."""
+        if self.patience and not self.keep_best:
+            raise ValueError(f"patience={self.patience} needs the metric to watch; write keep_best=METRIC")
+        return self
 
     @field_validator("run")
     @classmethod

@@ -71,7 +71,7 @@ class Engine:
         self.device = device(ranks)
         check_device(settings, self.device.type)
         deepspeed = _import_deepspeed()
-        optimiser = torch.optim.AdamW(parameter_groups(module, optim.weight_decay), lr=optim.lr, betas=optim.betas)
+        optimiser = torch.optim.AdamW(parameter_groups(module, optim), lr=optim.lr, betas=optim.betas)
         config = deepspeed_config(optim, settings, batch, ranks.world)
         self._deepspeed = deepspeed.initialize(model=module.to(self.device), optimizer=optimiser, config=config)[0]
         self._optimiser = optimiser
@@ -108,7 +108,7 @@ class Engine:
             raise RuntimeError(f"step() after {self._added} of the global batch's {self.accumulation} micro-batches")
         self._added = 0
         for group in self._optimiser.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         norm = self._plain_norm() if self.zero == 0 else None
         self._deepspeed.step()
         self._updates += 1
@@ -167,15 +167,24 @@ class Engine:
             lazy_init_hp_params_optimizer_state(group, flat, optimiser.optimizer.state)
 
     def _full(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Value, moments and average of one parameter."""
+        """Value, moments (of one that is trained) and average of one parameter."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if self.zero == 0:
+        if not parameter.requires_grad:
+            found = {"value": self._frozen(parameter)}
+        elif self.zero == 0:
             found = {"value": parameter, **{kind: self._optimiser.state[parameter][kind] for kind in MOMENTS}}
         else:
             found = {"value": safe_get_full_fp32_param(parameter)}
             found |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS}
         return found | ({"average": self.average.full(name)} if self.average else {})
+
+    def _frozen(self, parameter: nn.Parameter) -> Tensor:
+        """Value of a parameter that is not trained, of which DeepSpeed keeps no master copy."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter], enabled=self.zero == 3):
+            return parameter.detach().clone()
 
     def load(self, state: State, blank: Mapping[str, Tensor]) -> None:
         """Take over moments, average and step count of `state`, whose parameters the module was built with. Collective.
@@ -187,7 +196,8 @@ class Engine:
         Raises:
             ValueError: a moment is missing.
         """
-        names = [f"{name}.{kind}" for name, _ in self.module.named_parameters() for kind in MOMENTS]
+        trained = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+        names = [f"{name}.{kind}" for name in trained for kind in MOMENTS]
         if missing := [name for name in names if name not in state.moments and self.ranks.rank == 0]:
             raise ValueError(f"the optimiser state lacks {len(missing)} moments of this model, such as {missing[0]}")
         for _ in range(self.accumulation):
@@ -195,7 +205,7 @@ class Engine:
         self.step(lr=0.0)
         self._link_moments()
         for name, parameter in self.module.named_parameters():
-            for kind in MOMENTS:
+            for kind in MOMENTS if parameter.requires_grad else ():
                 self._set(parameter, kind, self._sent(parameter, state.moments.get(f"{name}.{kind}")))
             if self.average:  # a run that keeps one only from now on begins with its parameters
                 known = state.average.get(name, state.parameters.get(name))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
@@ -221,19 +222,37 @@ def enlarge(mask: NDArray[np.bool_], cell: int, shape: tuple[int, ...]) -> NDArr
 
 
 def confusion(matrix: NDArray[Any], classes: Classes) -> bytes:
-    """The confusion matrix [K, K] (rows true, columns predicted), in percent of each true class."""
+    """The confusion matrix [K, K] (rows true, columns predicted), in percent of each true class over its pixels."""
     counts = np.asarray(matrix, dtype=np.float64)
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = 2.2 + 0.62 * len(counts)
-    figure, axes = _figure(size + 0.6, size)
+    names = [plain(shortened(name)) for name in classes.names]
+    room = 0.05 * max(map(len, names))  # beside the cells, for what stands there
+    figure = Figure(figsize=(size + room, size + 0.7 * room), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    names = [plain(name) for name in classes.names]
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="true")
     for (row, column), value in np.ndenumerate(share):
-        axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > 60 else "black")
+        colour = "white" if value > 60 else "black"
+        how: dict[str, Any] = {"ha": "center", "va": "center", "color": colour}
+        axes.text(column, row - 0.14, f"{value:.0f}", **how)
+        axes.text(column, row + 0.24, short(float(counts[row, column])), fontsize=6, **how)
     return png(figure)
+
+
+def shortened(name: str, most: int = 26) -> str:
+    """A name that fits in its column."""
+    return name if len(name) <= most else name[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def short(count: float) -> str:
+    """A count of pixels in at most six letters: 950, 1.2k, 340k, 5.1M."""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.{1 if count < 10 * unit else 0}f}{name}"
+    return f"{count:.0f}"
 
 
 def class_bars(scores: Mapping[str, NDArray[Any]], classes: Classes, title: str = "IoU (%)") -> bytes:

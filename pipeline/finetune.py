@@ -5,9 +5,11 @@ The loss of a sample is cross entropy + Dice, 1:1 (Liu et al. 2025, section 4.2)
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,19 +17,25 @@ from torch import Tensor
 from configs import ConfigError
 from pipeline.augment import augmentation
 from pipeline.batch import Batch, drop_modality
+from pipeline.class_weights import class_weights
 from pipeline.dataset import training_batches
 from pipeline.engine import Engine
-from pipeline.finetune_config import FinetuneConfig
+from pipeline.finetune_config import FinetuneConfig, resolved
 from pipeline.loop import Hook, Losses, Objective, train
 from pipeline.metrics import scores
 from pipeline.model.cmss import hidden_tokens
 from pipeline.model.keyed import hash64
+from pipeline.model.mcf_mamba import MCFMamba
+from pipeline.model.ss2d import DropPath
 from pipeline.observing import observed
+from pipeline.protocols import samples
 from pipeline.ranks import Ranks, from_environment, init
 from pipeline.rollback import until_done
-from pipeline.run import Run, build_engine, build_model, open_run
+from pipeline.run import Run, Start, build_engine, build_model, open_run
 from pipeline.scoring import confusion
-from shards.manifest import Selection, select
+from pipeline.seeds import per_seed, summarise
+from pipeline.stratified import stratified
+from shards.manifest import Selection
 from shards.order import Use
 from shards.stream import Share, Stream
 
@@ -38,7 +46,7 @@ def finetune(config: FinetuneConfig) -> Path:
     """Finetune as configured; an unfinished run goes on. Collective over the ranks of the environment.
 
     Returns:
-        The run folder.
+        The run folder; with `seeds`, the one that holds their runs.
 
     Raises:
         Stopped: a signal asked for it, after saving.
@@ -47,47 +55,80 @@ def finetune(config: FinetuneConfig) -> Path:
     """
     ranks = from_environment()
     init(ranks)
-    return until_done(lambda config: _finetune(config, ranks), config, ranks.rank)
+    for each in per_seed(config):
+        until_done(lambda config: _finetune(config, ranks), each, ranks.rank)
+        if config.seeds:
+            gc.collect()  # its engine, before another is built
+    if config.seeds and ranks.rank == 0:
+        print("\n".join(summarise(config)), file=sys.stderr)
+    return Path(config.run)
 
 
 def _finetune(config: FinetuneConfig, ranks: Ranks) -> Path:
     selection = labelled(config)
-    run, start = open_run(config, selection, ranks, config.checkpoint)
-    if start.step == config.steps:
-        return run.folder
+    config = resolved(config, len(selection))
     classes = selection.contract.classes
     if classes is None:
         raise ConfigError(f"data: {config.data} has no classes; finetuning needs labelled samples")
-    engine = build_engine(run, start, build_model(run, start, len(classes.names), new=HEAD))
+    run, start = open_run(config, selection, ranks, config.checkpoint, config.adapt)
+    if start.finished(config):
+        return run.folder
+    weights = class_weights(config, run, selection, classes)
+    model = build_model(run, start, len(classes.names), new=HEAD)
+    if config.freeze == "encoders":
+        freeze(model, start)
+    engine = build_engine(run, start, model)
     share = Share(config.batch.global_batch, ranks.world, ranks.rank)
     stream = Stream(selection, config.seed, config.lanes, share, start.step * config.batch.global_batch, config.reading)
     inputs = run.contract.restrict(selection.contract.sensors)
     batches = training_batches(stream, engine.micro_batch, inputs, augmentation(config), config.reading.threads)
     hooks = observed(run, engine, stream, start.step, [validation(run, engine, config)])
-    train(run, engine, objective(classes.ignore, config.seed, config.modality_dropout), batches, start.step, hooks)
+    losses = objective(classes.ignore, config.seed, config.modality_dropout, weights)
+    train(run, engine, losses, batches, start.step, hooks)
     return run.folder
 
 
 def labelled(config: FinetuneConfig) -> Selection:
-    """The labelled samples to train on: `fraction` or `limit` of those that `where` allows, chosen by the seed.
+    """The labelled samples to train on: `fraction` or `limit` of those that protocol and `where` allow.
+
+    Chosen by the seed, so that the classes are mixed as in all of them (`pipeline.stratified`).
 
     Raises:
         ManifestError: there is none.
         ConfigError: `fraction` or `limit` with several datasets.
     """
-    where = {**config.where, "labelled": [True]}
-    everything = select(config.data, modalities=config.sensors, where=where)
-    count = max(1, round(config.fraction * len(everything)))
-    count = min(count, config.limit or count)
-    if count == len(everything):
+    everything = samples(config.protocol, config.data, "train", sensors=config.sensors, where=config.where)
+    if config.fraction == 1 and config.limit is None:
         return everything
     if len(everything.parts) > 1:
         raise ConfigError("fraction, limit: they choose among the samples of one dataset; data names several")
-    return everything.some(count, config.seed)
+    count = max(1, round(config.fraction * len(everything)))
+    chosen = stratified(everything, min(count, config.limit or count), config.seed)
+    return everything.only(chosen, fraction=config.fraction, limit=config.limit, seed=config.seed)
 
 
-def objective(ignore: int, seed: int, modality_dropout: float = 0.0) -> Objective:
-    """Cross entropy + Dice of a batch, per sample."""
+def freeze(model: MCFMamba, start: Start) -> None:
+    """Keep the encoders as the checkpoint has them: no gradient, no state of the optimiser, no drop path.
+
+    Their norms are layer norms, which remember nothing of a batch.
+
+    Raises:
+        ConfigError: an encoder does not come from the checkpoint, and would stay as it was drawn.
+    """
+    change = start.adaptation
+    if change and (drawn := [name for name in change.contract.sensors if name not in change.begun]):
+        raise ConfigError(
+            f"freeze=encoders: the checkpoint has no encoder for {', '.join(drawn)}, which must be trained; write "
+            f"freeze=none, or adapt={{{drawn[0]}: ONE OF {', '.join(change.known.sensors)}}}"
+        )
+    model.encoders.requires_grad_(False)
+    for module in model.encoders.modules():
+        if isinstance(module, DropPath):
+            module.rate = 0.0
+
+
+def objective(ignore: int, seed: int, modality_dropout: float = 0.0, weights: Tensor | None = None) -> Objective:
+    """Cross entropy, its pixels weighted by class where there are weights [K], + Dice of a batch, per sample."""
 
     def losses(model: Callable[..., Tensor], batch: Batch) -> Losses:
         if batch.label is None:
@@ -95,15 +136,20 @@ def objective(ignore: int, seed: int, modality_dropout: float = 0.0) -> Objectiv
         keys = hash64(seed, batch.positions, int(Use.DROP_PATH))
         dropped = drop_modality(batch, seed, modality_dropout)
         logits = model(batch.values, hidden_tokens({}, batch.valid, dropped), keys)
-        parts = {"ce": cross_entropy(logits, batch.label, ignore), "dice": dice(logits, batch.label, ignore)}
+        parts = {"ce": cross_entropy(logits, batch.label, ignore, weights), "dice": dice(logits, batch.label, ignore)}
         return Losses(parts["ce"] + parts["dice"], parts)
 
     return losses
 
 
-def cross_entropy(logits: Tensor, label: Tensor, ignore: int) -> Tensor:
-    """Mean over each sample's labelled pixels: logits [B, K, H, W], label [B, H, W] -> [B]; 0 without labels."""
-    pixels = F.cross_entropy(logits.float(), label, ignore_index=ignore, reduction="none")  # [B, H, W]
+def cross_entropy(logits: Tensor, label: Tensor, ignore: int, weights: Tensor | None = None) -> Tensor:
+    """Mean over each sample's labelled pixels: logits [B, K, H, W], label [B, H, W] -> [B]; 0 without labels.
+
+    With weights [K] each pixel's loss is multiplied by its class's. The sum is divided by the number of pixels, not by
+    the sum of their weights: a sample all of one class would not feel them.
+    """
+    weights = None if weights is None else weights.to(logits.device)
+    pixels = F.cross_entropy(logits.float(), label, weights, ignore_index=ignore, reduction="none")  # [B, H, W]
     return pixels.sum((1, 2)) / (label != ignore).sum((1, 2)).clamp(min=1)
 
 
@@ -126,12 +172,13 @@ def validation(run: Run, engine: Engine, config: FinetuneConfig) -> Hook:
     """A hook that scores the validation samples every `validate_every` steps and at the end; nothing if that is 0."""
     if not config.validate_every:
         return lambda numbers: {}
-    where = {**config.val_where, "labelled": [True]}
-    selection = select(config.data, modalities=config.sensors, where=where)
+    every = cast("int", config.validate_every)  # in a resolved config
+    where = config.validation_where
+    selection = samples(config.protocol, config.data, "val", sensors=config.sensors, where=where)
     inputs = run.contract.restrict(selection.contract.sensors)
 
     def score(numbers: Mapping[str, Any]) -> Mapping[str, Any]:
-        if numbers["step"] % config.validate_every and numbers["step"] != config.steps:
+        if numbers["step"] % every and numbers["step"] != config.steps:
             return {}
         matrix = confusion(engine, selection, inputs, engine.micro_batch, run.ranks, engine.device)
         names = run.contract.classes.names if run.contract.classes else ()

@@ -105,7 +105,7 @@ def train(
         RolledBack: steps went wrong; the run is put back and can be entered again.
         NotTraining: they did so again, or before there was any checkpoint.
     """
-    config, saver = run.config, Saver(run, engine)
+    config, saver = run.config, Saver(run, engine, start)
     journal = Journal(run.folder, start, config.steps, trackers(run, start)) if run.ranks.rank == 0 else None
     work = Work(run, engine, objective, batches, recall(config.guard, run.folder, run.ranks))
     stacks = run.folder / "logs" / f"stacks-rank-{run.ranks.rank}.txt"
@@ -119,22 +119,25 @@ def train(
                     for hook in hooks:
                         watchdog.beat()
                         numbers |= hook(numbers)
+                best = saver.improves(numbers)
                 numbers |= saver.budget(time.monotonic() - began)
                 if outcome.failure:
                     _go_back(work, saver, outcome, journal)
                 if journal:
                     journal.write(numbers)
                 saver.written()
-                last, stop, best = step + 1 == config.steps, agree(request.requested), saver.improves(numbers)
+                last, stop = step + 1 == config.steps or saver.exhausted, agree(request.requested)
                 # While steps are passed over, the parameters may be what is wrong.
                 due = (best or (step + 1) % config.checkpoint_every == 0) and "skipped" not in numbers
                 if last or stop or due:
                     saver.save(step + 1, numbers, best)
                 watchdog.beat()
-                if stop and not last:
+                if last or stop:
                     break
             saver.close()
-        if step + 1 < config.steps:
+        if saver.exhausted:
+            _tell(run, f"ended after step {step + 1}: {saver.stale} values of {config.keep_best} without a better one")
+        if not last:
             raise Stopped(f"stopped as asked after step {step + 1}; start the same command again to go on")
     except BaseException:
         with suppress(StoreError):  # what ended the run is told; the checkpoint under way may still be whole

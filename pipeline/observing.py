@@ -12,8 +12,9 @@ from pipeline.dataset import traffic
 from pipeline.engine import Engine
 from pipeline.flops import utilisation
 from pipeline.profiling import profiler
+from pipeline.provenance import code_version
 from pipeline.report import reporter
-from pipeline.run import Run, code_version
+from pipeline.run import Run
 from shards.stream import Stream
 
 if TYPE_CHECKING:

@@ -1,157 +1,268 @@
-"""Stage predict: a finetuned checkpoint and the scenes of one place to a land-cover map on the scene's own grid.
+"""Stage predict: a finetuned checkpoint and the scenes of places to land-cover maps.
 
-The scene is read in overlapping windows, row by row. The probabilities of a window are rounded to integers and added,
-with integer weights that fall towards the window's edge, into a strip as high as one window; when the windows move on,
-the rows that no later window touches are finished. Sums of integers do not depend on their order, so neither does the
-map, and a constant 1 blends to exactly 1. Memory grows with the width of the scene, not with its height.
+A map is made block by block. The windows that touch a block are read and classified, their overlapping probabilities
+are blended in integers (`mosaic.py`), and the block is written into a work folder beside the map. Blocks do not depend
+on each other, so several processes can share them, and a killed one goes on with those that are not there. When all
+are, they are joined (`map_products.py`). Memory is that of one block, whatever the size of the scene.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
-from configs import ConfigError
-from pipeline import checkpoint
-from pipeline.batch import collate
+from pipeline import checkpoint, ranks
+from pipeline.batch import Batch
 from pipeline.checkpoint import Checkpoint
+from pipeline.dataset import micro_batches, read_ahead
+from pipeline.map_plan import Plan, Request, begun, opened, proposed, requests, settle
+from pipeline.map_products import Products
 from pipeline.model.mcf_mamba import MCFMamba
+from pipeline.mosaic import ONE, Seen, blend
 from pipeline.predict_config import PredictConfig
-from pipeline.ranks import device, from_environment
+from pipeline.provenance import code_version
 from pipeline.scoring import classify
-from shards.contract import Contract, ContractError
+from pipeline.signals import Stopped, StopRequest
+from shards.contract import Classes, Contract, ContractError
 from shards.grid import Grid, Window
-from shards.raster_io import to_cog, write_geotiff
 from shards.sample import Sample, Tile
-from shards.scene import Asset, Scene, SceneError
-from shards.sensors import match
-from shards.tile import OpenScene, open_scene, overlaps, read_tile
+from shards.tile import OpenScene, read_tile
 
-ONE = 1 << 16  # a probability of 1, as an integer
-NODATA = 255
+ON_CPU = 4  # windows per forward
+LARGEST = 64  # windows per forward on a GPU
+THREADS = 2  # that normalise windows
+AHEAD = 2  # batches that are read and normalised while the model computes
 
-Ints = NDArray[np.int64]
+# Axes along which a window is mirrored before the model, and its probabilities after it.
+Views = tuple[tuple[int, ...], ...]
+PLAIN: Views = ((),)
+TURNED: Views = ((-2, -1),)
+FLIPS: Views = ((), (-1,), (-2,), (-2, -1))
 
 
-def predict(config: PredictConfig) -> Path:
-    """Map the scenes as configured.
+def predict(config: PredictConfig) -> Path | str:
+    """Map the scenes as configured, or this part of the work. Several ranks share it.
 
     Returns:
-        The map: uint8 Cloud-Optimised GeoTIFF on the grid of the model's first modality among the scenes, class
-        indices with palette and names, 255 where no modality is valid.
+        `config.out`: the map, or with a catalog the folder of maps. Of a part the map need not be there yet: when all
+        parts are done, the same config with part=1/1 joins them.
 
     Raises:
-        ContractError: the checkpoint has no classes, or the scene's pixels are of another size than it was trained on.
+        ContractError: the checkpoint has no classes, the scenes are not what it is made for, or a work folder holds
+            blocks of another map.
         SceneError: a file cannot be used, or the scenes do not overlap.
-        ConfigError: no scene is given.
+        ConfigError: no scene is given, or outlines are wanted that cannot be.
         SensorError: a scene of a sensor that the model does not know.
+        ArchiveError: the catalog cannot be used.
+        Stopped: a signal asked for it; blocks that are finished stay.
     """
+    place = ranks.from_environment()
+    ranks.init(place)
+    network = Network(_source(config), config)
+    part, parts = map(int, config.part.split("/"))
+    share = Share(part, parts, place.rank, place.world)
+    with StopRequest() as stop:
+        for request in requests(config, network.source.contract):
+            with opened(request) as scenes:
+                plan = proposed(request, scenes, network.source, config)
+                products = Products(request, plan, network.classes, config)
+                if products.finished():
+                    continue
+                plan = settle(request, scenes, plan, network.source, config, lambda: network.fitting)
+                products = replace(products, plan=plan)
+                whole = _blocks(products, scenes, network, share, stop)
+            if ranks.agree(not whole):
+                raise Stopped(f"{request.out}: stopped; its finished blocks stay, the same command goes on with them")
+            if parts == 1 and place.rank == 0:
+                products.write(_facts(request, network.source))
+    return config.out if "://" in config.out else Path(config.out)
+
+
+def unfinished_parts(config: PredictConfig, count: int) -> list[int]:
+    """Which of the parts k = 1 ... `count` have something left to do. Reads the headers of all scenes.
+
+    Raises:
+        As `predict`.
+    """
+    network = Network(_source(config), config)
+    left: set[int] = set()
+    for request in requests(config, network.source.contract):
+        with opened(request) as scenes:
+            plan = proposed(request, scenes, network.source, config)
+        products = Products(request, plan, network.classes, config)
+        if not products.finished():
+            begun(request, plan, config)
+            numbers = range(len(plan.layout.blocks()))
+            left |= {part_of(request, number, count) for number in numbers if not products.block(number).exists()}
+    return sorted(left)
+
+
+def part_of(request: Request, block: int, parts: int) -> int:
+    """The part, from 1, that makes a block of a map; the maps begin at different parts, as small ones have one block."""
+    return (request.number + block) % parts + 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank makes: every `world`-th block of a part."""
+
+    part: int
+    parts: int
+    rank: int
+    world: int
+
+    def takes(self, request: Request, block: int) -> bool:
+        """Whether a block of a map is in this share."""
+        mine = block // self.parts % self.world == self.rank
+        return mine and part_of(request, block, self.parts) == self.part
+
+
+def _source(config: PredictConfig) -> Checkpoint:
     source = checkpoint.find(config.checkpoint)
     if source.contract.classes is None:
         raise ContractError(f"{source.address} has no classes: finetune it first")
-    if not config.scene:
-        raise ConfigError(f"scene: none given; the model takes {', '.join(source.contract.sensors)}")
-    paths = {match(name, source.contract.sensors): path for name, path in config.scene.items()}
-    contract = source.contract.restrict([name for name in source.contract.sensors if name in paths])
-    target = Path(config.out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        scenes = {
-            name: stack.enter_context(open_scene(Scene(name, (Asset(paths[name]),)))) for name in contract.sensors
-        }
-        grid = _common_grid(scenes, contract)
-        classes = np.full((grid.height, grid.width), NODATA, np.uint8)
-        for row, strip in _strips(source, scenes, contract, grid, config):
-            classes[row : row + strip.shape[0]] = strip
-    _write(target, classes, grid, source.contract)
-    return target
+    return source
 
 
-def _common_grid(scenes: Mapping[str, OpenScene], contract: Contract) -> Grid:
-    """The grid of the first scene, after checking that the others meet it and that its pixels are of the right size."""
-    (_, first), *others = scenes.items()
-    for name, other in others:
-        if not overlaps(first.grid, other.grid):
-            raise SceneError(other.scene.path, f"{name} does not overlap {first.scene.path}")
-    metres = first.grid.resolution
-    if contract.resolution and abs(metres / contract.resolution - 1) > 0.05:
-        raise ContractError(
-            f"{first.scene.path} has pixels of {metres:g}, the model was trained at {contract.resolution:g} m; "
-            "warp the scene to that resolution first"
-        )
-    return first.grid
+def _facts(request: Request, source: Checkpoint) -> dict[str, Any]:
+    """Where a map comes from, for MAP.json."""
+    scenes = {scene.sensor: [asset.path for asset in scene.assets] for scene in request.place.scenes}
+    return {"checkpoint": source.address, "scenes": scenes, "version": code_version()}
 
 
-def _strips(
-    source: Checkpoint, scenes: Mapping[str, OpenScene], contract: Contract, grid: Grid, config: PredictConfig
-) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Finished rows of the map from top to bottom, each with the row it begins at."""
-    where = device(from_environment())
-    model = source.build().to(where)
-    size, stride = config.window, config.window - config.overlap
-    weight = _weight(size)
-    windows = list(grid.windows(size, stride))
-    sums: Ints = np.zeros((model.outputs, size, windows[-1].col + size), np.int64)  # [K, window, width]
-    seen = np.zeros(sums.shape[1:], np.bool_)
-    with tqdm(total=len(windows), desc="predict", unit="window", disable=None) as bar:
-        for row, line in groupby(windows, key=lambda window: window.row):
-            for part in _chunks(list(line), config.micro_batch):
-                for window, probabilities, valid in _classify(model, scenes, contract, grid, part):
-                    columns = slice(window.col, window.col + size)
-                    sums[:, :, columns] += probabilities * weight
-                    seen[:, columns] |= valid
-                bar.update(len(part))
-            done = size if row == windows[-1].row else stride
-            height = min(done, grid.height - row)
-            strip = np.where(seen[:height], sums[:, :height].argmax(0), NODATA).astype(np.uint8)
-            yield row, strip[:, : grid.width]
-            sums = np.concatenate([sums[:, done:], np.zeros_like(sums[:, :done])], axis=1)
-            seen = np.concatenate([seen[done:], np.zeros_like(seen[:done])])
+def _blocks(
+    products: Products, scenes: Mapping[str, OpenScene], network: Network, share: Share, stop: StopRequest
+) -> bool:
+    """Makes the blocks of this share that are not there; whether it came to its end."""
+    todo = [
+        (number, block)
+        for number, block in enumerate(products.plan.layout.blocks())
+        if share.takes(products.request, number) and not products.block(number).exists()
+    ]
+    pixels = sum(block.height * block.width for _, block in todo)
+    done = 0
+    with tqdm(total=pixels, desc=products.request.place.name, unit="px", unit_scale=True, disable=None) as bar:
+        for number, block in todo:
+            windows = len(products.plan.layout.windows(block))
+            seen = _told(_seen(products.plan, block, scenes, network), stop, bar, block.height * block.width / windows)
+            values = blend(block, products.plan.layout, seen, len(network.classes.names), network.one)
+            if stop.requested:
+                return False
+            products.keep(number, block, values)
+            done += block.height * block.width
+            bar.update(done - bar.n)
+    return True
 
 
-def _chunks(windows: list[Window], size: int) -> Iterator[list[Window]]:
-    return (windows[i : i + size] for i in range(0, len(windows), size))
+def _told(seen: Iterable[Seen], stop: StopRequest, bar: Any, pixels: float) -> Iterator[Seen]:
+    """The windows up to a request to stop; moves the bar by so many pixels for each."""
+    for item in seen:
+        if stop.requested:
+            return
+        bar.update(pixels)
+        yield item
 
 
-def _weight(size: int) -> Ints:
-    """Integer weights [size, size]: 1 at the window's edge, rising linearly to its middle."""
-    ramp = np.minimum(np.arange(size), np.arange(size)[::-1]) + 1
-    return np.asarray(np.outer(ramp, ramp), np.int64)
+def _seen(plan: Plan, block: Window, scenes: Mapping[str, OpenScene], network: Network) -> Iterator[Seen]:
+    """What the model says of the windows of a block, in their order; those without a valid pixel are left out."""
+    windows = plan.layout.windows(block)
+    contract = network.source.contract.restrict(list(scenes))
+    samples = _samples(scenes, plan.layout.grid, windows)
+    for batch in read_ahead(micro_batches(samples, plan.micro_batch, contract, threads=THREADS), AHEAD):
+        probabilities = network(batch)  # [B, K, S, S]
+        coverage = [valid.numpy().astype(np.uint8) << bit for bit, valid in enumerate(batch.valid.values())]
+        bits = np.bitwise_or.reduce(coverage)  # [B, S, S]
+        for number, values, seen in zip(batch.positions.tolist(), probabilities, bits, strict=True):
+            yield windows[number], values, seen
 
 
-@torch.no_grad()
-def _classify(
-    model: MCFMamba, scenes: Mapping[str, OpenScene], contract: Contract, grid: Grid, windows: list[Window]
-) -> Iterator[tuple[Window, Ints, NDArray[np.bool_]]]:
-    """Per window its probabilities in units of 1 / ONE [K, size, size], and where any modality is valid."""
-    samples = []
+def _samples(
+    scenes: Mapping[str, OpenScene], grid: Grid, windows: Sequence[Window]
+) -> Iterator[tuple[Sample, int]]:  # fmt: skip
+    """The windows with a valid pixel, and their numbers. A row of windows is read as one piece."""
+    rows: dict[int, list[int]] = {}
     for number, window in enumerate(windows):
-        tiles: dict[str, Tile] = {name: read_tile(scene, grid.window(window)) for name, scene in scenes.items()}
-        samples.append((Sample(f"window-{number}", tiles), number))
-    batch = collate(samples, contract).to(next(model.parameters()).device)
-    probabilities = classify(model, batch).float().softmax(1)
-    fixed = (probabilities * ONE).round().long().cpu().numpy()
-    valid = torch.stack(list(batch.valid.values())).any(0).cpu().numpy()
-    yield from zip(windows, fixed, valid, strict=True)
+        rows.setdefault(window.row, []).append(number)
+    for numbers in rows.values():
+        outer = Window.around([windows[number] for number in numbers])
+        read = {name: read_tile(scene, grid.window(outer)) for name, scene in scenes.items()}
+        for number in numbers:
+            cut = windows[number].within(outer)
+            tiles = {name: Tile(tile.values[:, *cut], tile.valid[cut]) for name, tile in read.items()}
+            if any(tile.valid.any() for tile in tiles.values()):
+                yield Sample(f"window-{number}", tiles), number
 
 
-def _write(target: Path, values: NDArray[np.uint8], grid: Grid, contract: Contract) -> None:
-    assert contract.classes is not None
-    names = contract.classes.names
-    tags = {"classes": json.dumps(dict(enumerate(names)))}
-    with TemporaryDirectory(dir=target.parent) as folder:
-        plain = Path(folder) / "map.tif"
-        write_geotiff(
-            plain, values[None], crs=grid.crs, transform=grid.transform, nodata=NODATA,
-            descriptions=["class"], colormap=dict(enumerate(contract.classes.palette)),
-        )  # fmt: skip
-        to_cog(plain, target, tags=tags)
+class Network:
+    """The model of a checkpoint, built when it is first asked.
+
+    Args:
+        source: the checkpoint, which has classes.
+        config: how it is asked.
+    """
+
+    def __init__(self, source: Checkpoint, config: PredictConfig) -> None:
+        self.source, self._config = source, config
+        self._views = FLIPS if config.flips else TURNED if config.turn else PLAIN
+        self._device = ranks.device(ranks.from_environment())
+        self.one = ONE * len(self._views)  # what stands for a probability of 1
+
+    @property
+    def classes(self) -> Classes:
+        """Of the map."""
+        assert self.source.contract.classes is not None
+        return self.source.contract.classes
+
+    @cached_property
+    def _model(self) -> MCFMamba:
+        return self.source.build().to(self._device)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> NDArray[np.int32]:
+        """Probabilities [B, K, S, S] of a batch as integers of which `one` is 1."""
+        batch = batch.to(self._device)
+        total: Tensor | int = 0
+        for axes in self._views:
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
+                logits = classify(self._model, _mirrored(batch, axes))
+            total = total + (logits.float().softmax(1) * ONE).round().to(torch.int32).flip(axes)
+        assert isinstance(total, Tensor)
+        return total.cpu().numpy()
+
+    @cached_property
+    def fitting(self) -> int:
+        """Windows per forward that the device has memory for."""
+        if self._device.type != "cuda":
+            return ON_CPU
+        size = LARGEST
+        while size > 1:
+            try:
+                self(_blank(self.source.contract, size, self._config.window))
+                return size
+            except torch.OutOfMemoryError:
+                size //= 2
+                torch.cuda.empty_cache()
+        return size
+
+
+def _mirrored(batch: Batch, axes: tuple[int, ...]) -> Batch:
+    if not axes:
+        return batch
+    values, valid = ({name: t.flip(axes) for name, t in part.items()} for part in (batch.values, batch.valid))
+    return replace(batch, values=values, valid=valid)
+
+
+def _blank(contract: Contract, count: int, side: int) -> Batch:
+    """A batch of the model's largest input."""
+    values = {name: torch.zeros(count, bands, side, side) for name, bands in contract.channels.items()}
+    valid = {name: torch.ones(count, side, side, dtype=torch.bool) for name in contract.sensors}
+    return Batch(values, valid, None, torch.arange(count), [str(number) for number in range(count)])

@@ -59,7 +59,7 @@ def _pretrain(config: PretrainConfig, ranks: Ranks) -> Path:
     # A pretrained model has no classes, whatever labels lie beside its samples.
     selection = replace(selection, contract=replace(selection.contract, classes=None))
     run, start = open_run(config, selection, ranks, config.start)
-    if start.step == config.steps:
+    if start.finished(config):
         return run.folder
     if missing := [name for name in run.contract.sensors if name not in selection.contract.sensors]:
         raise ConfigError(f"sensors: {config.start} was pretrained with {', '.join(missing)}, which the data lack")

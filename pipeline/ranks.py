@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -200,6 +201,13 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def slurm_job() -> tuple[int, int] | None:
+    """Returns the number of the Slurm job that this process belongs to and of its attempt, from 1; None outside."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    return _number(os.environ, "SLURM_JOB_ID"), _number(os.environ, "SLURM_RESTART_COUNT", 0) + 1
+
+
 @contextmanager
 def as_outside_of_a_job() -> Iterator[None]:
     """While this is open, this process has no variables of its Slurm job, which one submitted from here would inherit.
@@ -260,6 +268,8 @@ def init(ranks: Ranks) -> None:
 
 def close() -> None:
     """Disconnects this process from the other ranks, if it was connected."""
+    if "torch" not in sys.modules:  # a job without torch need not load it to end
+        return
     from torch import distributed
 
     if distributed.is_initialized():

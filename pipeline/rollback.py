@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from configs import ConfigError
 from pipeline import checkpoint
 from pipeline.config import Training
+from pipeline.holding import held
 from pipeline.run import Run, store_of
 from pipeline.signals import Stopped
 from pipeline.starts import FORGIVEN, StaysDown, note_end
@@ -58,21 +59,23 @@ def until_done(stage: Callable[[T], Path], config: T, rank: int) -> Path:
     """Run a stage, again after each roll back; how it ends otherwise is noted for the next start.
 
     Raises:
+        RunHeld: another is at work in the run folder.
         Exception: what the stage raises.
     """
-    while True:
-        try:
-            return stage(config)
-        except RolledBack as back:
-            if rank == 0:
-                log.warning("%s", back)
-        except (Stopped, StaysDown, StoreError):  # where the store is gone, nothing can be noted in it
-            raise
-        except (ConfigError, KeyboardInterrupt):
-            note_end(store_of(config), FORGIVEN)
-            raise
-        except Exception as error:
-            first = str(error).partition("\n")[0]
-            note_end(store_of(config), f"rank {rank}: {type(error).__name__}: {first}")
-            raise
-        gc.collect()  # the engine that was left, before another is built
+    with held(Path(config.run), rank):
+        while True:
+            try:
+                return stage(config)
+            except RolledBack as back:
+                if rank == 0:
+                    log.warning("%s", back)
+            except (Stopped, StaysDown, StoreError):  # where the store is gone, nothing can be noted in it
+                raise
+            except (ConfigError, KeyboardInterrupt):
+                note_end(store_of(config), FORGIVEN)
+                raise
+            except Exception as error:
+                first = str(error).partition("\n")[0]
+                note_end(store_of(config), f"rank {rank}: {type(error).__name__}: {first}")
+                raise
+            gc.collect()  # the engine that was left, before another is built

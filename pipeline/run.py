@@ -12,14 +12,11 @@ Rank 0 reads the checkpoint and verifies it; the others read its state.json and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +26,23 @@ from torch import Tensor, nn
 import configs
 from configs import ConfigError
 from pipeline import checkpoint
+from pipeline.adapt import Adaptation, Choices, adaptation, sources
 from pipeline.checkpoint import BEST, LATEST, Checkpoint, write_text
 from pipeline.config import Training
 from pipeline.engine import Engine, precision_line
 from pipeline.log import METRICS
 from pipeline.model.convert import convert
 from pipeline.model.mcf_mamba import MCFMamba
+from pipeline.provenance import code_version, environment, lineage, training
 from pipeline.ranks import Ranks, broadcast, share
 from pipeline.starts import count_start
-from shards.contract import Contract, ContractError, compare
+from shards.contract import Contract, check_fit
 from shards.manifest import Selection, differences
 from shards.store import Store, open_store
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
+STALE = "stale"  # in metrics.jsonl: values of the metric that is watched since the best one
 CONVERTED = "start"  # below the run folder: public weights as a release
 # What may change between two parts of one run, because it does not change what is computed.
 FREE = (
@@ -56,6 +56,7 @@ FREE = (
     "keep",
     "keep_every",
     "keep_best",
+    "patience",
     "store",
     "pictures_every",
     "probe",
@@ -79,6 +80,8 @@ class Run:
         fingerprint: of the selection of data.
         ranks: who takes part.
         data: identity of the selection, which tells what differs when the fingerprint does.
+        lineage: trainings that the parameters went through before this one, oldest first; see `lineage`.
+        forced: differences between checkpoint and data that `force` overruled.
     """
 
     folder: Path
@@ -87,6 +90,8 @@ class Run:
     fingerprint: str
     ranks: Ranks
     data: Sequence[Mapping[str, Any]] = ()
+    lineage: Sequence[Mapping[str, Any]] = ()
+    forced: Sequence[str] = ()
 
     @property
     def store(self) -> Store:
@@ -96,18 +101,28 @@ class Run:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: `checkpoint` None is from scratch; `resumed` says that it is the run's own."""
+    """Where a run begins: `checkpoint` None is from scratch; `resumed` says that it is the run's own.
+
+    `adaptation` says how its parameters become those of a network for other modalities; None: as they are.
+    """
 
     checkpoint: Checkpoint | None
     resumed: bool
+    adaptation: Adaptation | None = None
 
     @property
     def step(self) -> int:
         """Steps already done."""
         return self.checkpoint.step if self.checkpoint and self.resumed else 0
 
+    def finished(self, config: Training) -> bool:
+        """Whether nothing is left to do."""
+        return self.checkpoint is not None and self.resumed and is_finished(config, self.checkpoint.facts)
 
-def open_run(config: Training, selection: Selection, ranks: Ranks, named: str | None) -> tuple[Run, Start]:
+
+def open_run(
+    config: Training, selection: Selection, ranks: Ranks, named: str | None, adapt: Choices | None = None
+) -> tuple[Run, Start]:
     """Open the run folder and decide where to start, in the order of this module's text.
 
     Args:
@@ -115,6 +130,7 @@ def open_run(config: Training, selection: Selection, ranks: Ranks, named: str | 
         selection: the samples to train on.
         ranks: who takes part.
         named: run, checkpoint or release that the config names.
+        adapt: whether its modalities may become others, and which, by hand; None: they may not.
 
     Raises:
         ConfigError: the folder belongs to a run of another config or of other data, or was started too often in vain.
@@ -126,14 +142,29 @@ def open_run(config: Training, selection: Selection, ranks: Ranks, named: str | 
     source = own or (named_checkpoint(named, config, data, ranks) if named else None)
     # Public weights know nothing of units and scales.
     known = own or (source if named and not is_public(named) else None)
-    contract = adopt(known.contract, data) if known else data.normalised(config.normalise)
+    contract, change, forced = data.normalised(config.normalise), None, list[str]()
+    if known:
+        contract, change, forced = fitted(known.contract, data, config, None if own else adapt)
     if ranks.rank == 0:
         print(f"{config.run} starts from {source.address if source else 'scratch'}", file=sys.stderr)
-    run = Run(Path(config.run), config, contract, selection.fingerprint, ranks, selection.identity)
-    start = Start(source, own is not None)
-    if ranks.rank == 0 and start.step < config.steps:
+        for line in [*(change.lines() if change else ()), *(f"forced in spite of {line}" for line in forced)]:
+            print(f"  {line}", file=sys.stderr)
+    before = lineage(source.facts)[: -1 if own else None] if source else []
+    run = Run(Path(config.run), config, contract, selection.fingerprint, ranks, selection.identity, before, forced)
+    start = Start(source, own is not None, change)
+    if ranks.rank == 0 and not start.finished(config):
         count_start(run.store, start.step, config.guard.starts)
     return run, start
+
+
+def is_finished(config: Training, facts: Mapping[str, Any]) -> bool:
+    """Whether nothing is left to do after a checkpoint of the run: all steps are done, or `patience` is at its end.
+
+    A run that ended early goes on when its patience is made longer.
+    """
+    stale = int(facts.get("metrics", {}).get(STALE, 0))
+    steps = config.steps or facts["config"]["steps"]  # of a config with epochs, as the run has counted them
+    return int(facts["step"]) >= steps or 0 < config.patience <= stale
 
 
 def is_public(named: str) -> bool:
@@ -227,25 +258,32 @@ def _check_same(folder: Path, old: Any, new: Training) -> None:
         log.warning("going on with %s: %r instead of %r", key, changed[key][1], changed[key][0])
 
 
+def fitted(
+    known: Contract, data: Contract, config: Training, adapt: Choices | None
+) -> tuple[Contract, Adaptation | None, list[str]]:
+    """The contract of a network that begins from a checkpoint, how its modalities are adapted, and what was forced.
+
+    Raises:
+        ContractError: checkpoint and data mean different things.
+    """
+    chosen = sources(known, data, adapt) if adapt is not None else {}
+    found = adaptation(known, data, chosen, adapt or {}, config.normalise) if chosen else None
+    unlabelled = replace(known, classes=None)  # it may learn other classes
+    if found is None:
+        return replace(known, classes=data.classes), None, check_fit(unlabelled, data, config.force)
+    # Another sensor may have another resolution; what keeps its name is as the checkpoint knows it.
+    kept = [name for name in data.sensors if name == chosen[name] and name not in (adapt or {})]
+    forced = check_fit(unlabelled, data.restrict(kept), config.force) if kept else []
+    return found.contract, found, forced
+
+
 def adopt(model: Contract, data: Contract) -> Contract:
     """The contract `model` with the classes of `data`, after checking that it can read them.
 
-    The data may lack modalities: the network takes those as hidden.
-
     Raises:
-        ContractError: a modality that the model does not know, or bands, unit, clip or resolution differ.
+        ContractError: as `check_fit`.
     """
-    if unknown := [name for name in data.sensors if name not in model.sensors]:
-        raise ContractError(
-            f"sensors: the checkpoint knows {', '.join(model.sensors)}, not {', '.join(unknown)}; choose among them "
-            "with sensors=[...], or start from scratch"
-        )
-    known = replace(model.restrict(data.sensors), classes=None)
-    if found := compare(known, replace(data, classes=None)):
-        raise ContractError(
-            f"the checkpoint (left) and the data (right) do not fit: {'; '.join(found)}. Build the data as the "
-            "checkpoint expects them"
-        )
+    check_fit(replace(model, classes=None), data)
     return replace(model, classes=data.classes)
 
 
@@ -267,6 +305,9 @@ def build_model(run: Run, start: Start, outputs: int, new: str = "") -> MCFMamba
     if source and run.ranks.rank == 0:
         # A run goes on from its last parameters; another begins with the average.
         parameters = source.state.parameters if start.resumed else source.parameters
+        if start.adaptation:
+            interleaved = structure.profile != "paper"
+            parameters = start.adaptation.parameters(parameters, dict(model.named_parameters()), interleaved)
         if new and not start.resumed:
             parameters = {name: tensor for name, tensor in parameters.items() if not name.startswith(new)}
         transfer(model, parameters, source.address)
@@ -323,38 +364,9 @@ def facts(run: Run, step: int, model: MCFMamba) -> dict[str, Any]:
         "contract": run.contract.to_json(),
         "config": configs.to_dict(run.config),
         "version": code_version(),
+        "forced": list(run.forced),
+        "lineage": [*run.lineage, training(configs.to_dict(run.config), run.fingerprint, run.data)],
     }
-
-
-def code_version() -> str:
-    """Version of the installed distribution; "source" where the code runs without being installed."""
-    try:
-        return metadata.version("mcf-mamba")
-    except metadata.PackageNotFoundError:
-        return "source"
-
-
-def environment() -> dict[str, Any]:
-    """What a run was made by: code, Python, packages, machine. No variables of the environment, which hold secrets."""
-    packages = sorted({f"{each.name}=={each.version}" for each in metadata.distributions()}, key=str.lower)
-    return {
-        "version": code_version(),
-        "code": code_hash(),
-        "python": platform.python_version(),
-        "machine": f"{platform.node()}, {platform.platform()}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "packages": packages,
-    }
-
-
-def code_hash() -> str:
-    """sha256 of the sources of the four packages, which a version alone does not tell in a checkout."""
-    found, root = hashlib.sha256(), Path(__file__).resolve().parents[1]
-    for package in ("configs", "shards", "pipeline", "launchers"):
-        for path in sorted((root / package).rglob("*")):
-            if path.suffix in (".py", ".cpp", ".yaml"):
-                found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return found.hexdigest()
 
 
 def _abridged(names: list[str]) -> str:

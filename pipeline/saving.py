@@ -20,7 +20,7 @@ from pipeline import checkpoint
 from pipeline.engine import Engine, State
 from pipeline.log import METRICS
 from pipeline.ranks import notice, share
-from pipeline.run import CONFIG, Run, facts
+from pipeline.run import CONFIG, STALE, Run, facts
 
 if TYPE_CHECKING:
     from pipeline.model.mcf_mamba import MCFMamba
@@ -32,17 +32,19 @@ class Saver:
     """Writes a run's checkpoints.
 
     `seconds` counts how long training was held up, all in all; `slowest` is the longest from the beginning of a save
-    to its end on the disk, on rank 0.
+    to its end on the disk, on rank 0. `stale` counts the values of the metric `keep_best` since the best one.
     """
 
-    def __init__(self, run: Run, engine: Engine) -> None:
-        """Collective."""
+    def __init__(self, run: Run, engine: Engine, start: int = 0) -> None:
+        """For a run that begins after step `start`, which a checkpoint of its own holds. Collective."""
         self.run, self.engine, self.seconds, self.slowest = run, engine, 0.0, 0.0
         self._longest, self._warned = 0.0, False
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         metric = run.config.keep_best
-        self._best = share(checkpoint.best(run.store, metric) if metric and run.ranks.rank == 0 else None)
+        first = metric and run.ranks.rank == 0
+        self._best = share(checkpoint.best(run.store, metric) if first else None)
+        self.stale = int(share(_stale(run, start) if first and start and run.config.patience else 0))
 
     def improves(self, numbers: Mapping[str, Any]) -> bool:
         """Whether the step's numbers are the best so far by the metric of the config, and so are to be saved.
@@ -55,9 +57,15 @@ class Saver:
             return False
         lower = self.run.config.keep_best.startswith("loss")
         if self._best is not None and (value >= self._best if lower else value <= self._best):
+            self.stale += 1
             return False
-        self._best = float(value)
+        self._best, self.stale = float(value), 0
         return True
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `patience` values in a row were no better than the best, so that the run ends here."""
+        return 0 < self.run.config.patience <= self.stale
 
     def save(self, step: int, numbers: Mapping[str, Any], best: bool) -> None:
         """Save the state after `step`; returns when it may change again. Collective."""
@@ -72,13 +80,14 @@ class Saver:
     def budget(self, seconds: float) -> dict[str, float]:
         """What metrics.jsonl says of saving after a step that took so many seconds, all that comes with it included.
 
-        `saving`: see `seconds`. `save_budget`: how long before the end a signal must come, so that the longest step,
-        a checkpoint under way and the one of the stop still fit; once a checkpoint was written. A shorter notice
-        (`ranks.notice`) is warned of.
+        `saving`: see `seconds`. `stale`, where the run has patience: see there. `save_budget`: how long before the end
+        a signal must come, so that the longest step, a checkpoint under way and the one of the stop still fit; once a
+        checkpoint was written. A shorter notice (`ranks.notice`) is warned of.
         """
         self._longest = max(self._longest, seconds)
+        told = {"saving": self.seconds} | ({STALE: self.stale} if self.run.config.patience else {})
         if not self.slowest:
-            return {"saving": self.seconds}
+            return told
         budget = self._longest + 2 * self.slowest
         given = notice()
         if given is not None and budget > given and not self._warned:
@@ -87,7 +96,7 @@ class Saver:
                 "stopping may take %.3g s (a step %.3g s, a checkpoint %.3g s), but the signal comes %g s before the "
                 "end: write signal_delay_s: %d", budget, self._longest, self.slowest, given, math.ceil(2 * budget),
             )  # fmt: skip
-        return {"saving": self.seconds, "save_budget": budget}
+        return told | {"save_budget": budget}
 
     def written(self) -> bool:
         """Whether nothing is being written now; what a write has failed with is raised."""
@@ -122,3 +131,9 @@ class Saver:
             checkpoint.point(store, checkpoint.BEST, record["step"])
         checkpoint.prune(store, config.keep, config.keep_every)
         self.slowest = max(self.slowest, time.monotonic() - began)
+
+
+def _stale(run: Run, step: int) -> int:
+    """What the run's own checkpoint of a step has counted."""
+    facts = checkpoint.load(f"{run.store.url}/{checkpoint.name_of(step)}", tensors=False).facts
+    return int(facts.get("metrics", {}).get(STALE, 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import torch
@@ -21,9 +21,10 @@ from shards.stream import Share, Stream
 METRICS = "metrics.json"  # in the run folder of an evaluation
 
 
-def classify(model: Callable[..., Tensor], batch: Batch) -> Tensor:
-    """Logits [B, K, H, W] of a batch; tokens without a valid pixel are hidden from the model."""
-    return model(batch.values, hidden_tokens({}, batch.valid))
+def classify(model: Callable[..., Tensor], batch: Batch, hide: Collection[str] = ()) -> Tensor:
+    """Logits [B, K, H, W] of a batch; tokens without a valid pixel are hidden from the model, and these modalities."""
+    everywhere = torch.ones(len(batch), dtype=torch.bool, device=batch.positions.device)
+    return model(batch.values, hidden_tokens({}, batch.valid, dict.fromkeys(hide, everywhere)))
 
 
 @torch.no_grad()

@@ -22,13 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from shards.coarse import stretches
 from shards.config import ShardsConfig
 from shards.grid import Grid, Window
 from shards.labels import OpenLabel, open_label
 from shards.merge import check_contract, merge
 from shards.plan import BuildError, Item, Plan, View, plan, shard_name
 from shards.plausible import Looks
-from shards.raster_io import footprint
+from shards.raster_io import footprint, is_geographic
 from shards.register import shift, stand_ins
 from shards.sample import Sample, Tile
 from shards.scene import LABEL, SceneError
@@ -132,11 +133,23 @@ def _run(config: ShardsConfig, planned: Plan, todo: Sequence[int]) -> Iterator[t
 def build_shard(config: ShardsConfig, fingerprint: str, index: int, items: Sequence[Item]) -> ShardRecord:
     """Read, write and record one planned shard."""
     store, left_out, skipped = open_store(config.out), Counter[str](), list[str]()
-    record = write_shard(_samples(config, items, left_out, skipped), store, shard_name(config, index), config.encoding)
-    record.left_out, record.skipped = dict(left_out), skipped
+    counts = Counter[str]()
+    samples = _measured(_samples(config, items, left_out, skipped), counts)
+    record = write_shard(samples, store, shard_name(config, index), config.encoding)
+    record.left_out, record.skipped, record.stretches = dict(left_out), skipped, dict(counts)
     finish_shard(record, store, fingerprint, config.sensors)
     record.retries = store.retries
     return record
+
+
+def _measured(samples: Iterator[Sample], found: Counter[str]) -> Iterator[Sample]:
+    """The samples; counts stretches of their raster labels, where the pixels' size is known."""
+    for sample in samples:
+        crs, transform = sample.meta["crs"], sample.meta["transform"]
+        if sample.label is not None and sample.instances is None and crs and not is_geographic(crs):
+            count, short = stretches(sample.label, math.hypot(transform[0], transform[3]))
+            found.update({"all": count, "short": short})
+        yield sample
 
 
 def _samples(

@@ -6,16 +6,33 @@ meet. Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import sqrt
 from operator import mul
+from types import MappingProxyType
 from typing import Any, Literal
 
 FORMAT_VERSION = 1
 IGNORE = 255  # label value of pixels that count nowhere
 
 Normalisation = Literal["range", "statistics"]
+
+REFLECTANCE = "reflectance x 10000"
+SCALE, OFFSET = 10_000, 1_000  # of Sentinel-2's numbers; the offset since processing baseline 04.00
+# (unit that is there, unit that is wanted): what to do. The words after "written" go into a catalog of scenes.
+CONVERSIONS: Mapping[tuple[str, str], str] = MappingProxyType(
+    {
+        ("linear power", "dB"): "10 log10(x), written quantity=power in a catalog",
+        ("power", "dB"): "10 log10(x), written quantity=power in a catalog",
+        ("linear amplitude", "dB"): "20 log10(x), written quantity=amplitude in a catalog",
+        ("amplitude", "dB"): "20 log10(x), written quantity=amplitude in a catalog",
+        ("dB", "linear power"): "10 ** (x / 10)",
+        ("dB", "linear amplitude"): "10 ** (x / 20)",
+        ("reflectance", REFLECTANCE): "x * 10000, written scale=10000 in a catalog",
+        (REFLECTANCE, "reflectance"): "x / 10000, written scale=0.0001 in a catalog",
+    }
+)
 
 
 class ContractError(ValueError):
@@ -182,18 +199,101 @@ def _tuples(value: Any) -> Any:
 def compare(a: Contract, b: Contract) -> list[str]:
     """What differs between two contracts in a way that changes the meaning of the numbers; empty when they agree.
 
-    Statistics may differ (two datasets of one kind have different means); names, bands, their order, unit, clip and
-    classes may not. Offset and scale are compared by the checkpoint that owns them, not here.
+    Each line says how to make the right as the left, where that is known. Statistics may differ (two datasets of one
+    kind have different means); names, bands, their order, unit, clip and classes may not. Offset and scale of the
+    network's input are the checkpoint's own and not compared.
     """
     found = [f"modality {name} is missing on the right" for name in a.sensors if name not in b.sensors]
     found += [f"modality {name} is missing on the left" for name in b.sensors if name not in a.sensors]
-    for name in (name for name in a.sensors if name in b.sensors):
-        left, right = a.modality(name), b.modality(name)
-        for key in ("bands", "unit", "clip"):
-            if getattr(left, key) != getattr(right, key):
-                found.append(f"{name}.{key}: {getattr(left, key)} against {getattr(right, key)}")
+    for left, right in ((a.modality(name), b.modality(name)) for name in a.sensors if name in b.sensors):
+        name = left.sensor
+        if left.bands != right.bands:
+            found.append(f"{name}.bands: {left.bands} against {right.bands}: {_reordered(left.bands, right.bands)}")
+        if left.unit != right.unit:
+            way = CONVERSIONS.get((right.unit, left.unit), f"build the right again in {left.unit}")
+            found.append(f"{name}.unit: {left.unit} against {right.unit}: {way}")
+        if left.clip != right.clip:
+            low, high = left.clip
+            found.append(f"{name}.clip: {left.clip} against {right.clip}: cut the right off at {low:g} and {high:g}")
     if a.classes and b.classes and a.classes.names != b.classes.names:
         found.append(f"classes: {a.classes.names} against {b.classes.names}")
     if a.resolution and b.resolution and abs(a.resolution / b.resolution - 1) > 0.05:
-        found.append(f"resolution: {a.resolution} m against {b.resolution} m per pixel")
+        metres = f"{a.resolution} m against {b.resolution} m per pixel"
+        found.append(f"resolution: {metres}: build the right again at {a.resolution} m")
     return found
+
+
+def _reordered(left: Sequence[str], right: Sequence[str]) -> str:
+    """How to get the bands on the left from those on the right."""
+    if missing := [name for name in left if name not in right]:
+        return f"the right lacks {', '.join(missing)}"
+    return f"take the bands [{', '.join(str(right.index(name)) for name in left)}] of the right, counted from 0"
+
+
+def check_fit(model: Contract, data: Contract, force: bool = False) -> list[str]:
+    """Make sure that a model may be shown some data. The data may lack modalities: the network takes those as hidden.
+
+    Besides what `compare` finds, statistics that can only be of another unit, scale or offset count as a difference.
+
+    Args:
+        model: of a checkpoint or release (left in messages); without classes where it is to learn new ones.
+        data: what it is to be shown (right).
+        force: go on in spite of differences.
+
+    Returns:
+        The differences that were overruled, for the outputs to tell; empty when there are none.
+
+    Raises:
+        ContractError: they differ and `force` is not given, or no network could be made of it: a modality that the
+            model does not know, or another number of bands or classes.
+    """
+    if unknown := [name for name in data.sensors if name not in model.sensors]:
+        raise ContractError(
+            f"sensors: the checkpoint knows {', '.join(model.sensors)}, not {', '.join(unknown)}; choose among them "
+            "with sensors=[...], or start from scratch"
+        )
+    known = model.restrict(data.sensors)
+    if not (found := compare(known, data) + disguised(known, data)):
+        return []
+    counts = [len(contract.classes.names) for contract in (model, data) if contract.classes]
+    possible = known.channels == data.channels and len(set(counts)) < 2
+    if force and possible:
+        return found
+    way = "write force=true to go on all the same; the outputs will say so" if possible else "force=true cannot help"
+    raise ContractError(
+        f"the checkpoint (left) and the data (right) do not fit: {'; '.join(found)}. Build the data as the checkpoint "
+        f"expects them, or {way}"
+    )
+
+
+def disguised(a: Contract, b: Contract) -> list[str]:
+    """Modalities whose statistics on the right can only be of another unit, scale or offset than the one they name.
+
+    All bands must tell the same, so that snow, clouds or another country do not count.
+    """
+    pairs = ((a.modality(name), b.modality(name)) for name in a.sensors if name in b.sensors)
+    return [line for left, right in pairs if left.bands == right.bands for line in _disguise(left, right)]
+
+
+def _disguise(left: Modality, right: Modality) -> Iterator[str]:
+    means = list(zip(left.mean or (), right.mean or (), strict=False))
+    if not means or left.unit != right.unit:
+        return
+    where = f"{left.sensor}: means of {_listed(left.mean)} against {_listed(right.mean)} {left.unit}"
+    if left.unit == "dB" and all(mean < 0 <= other for mean, other in means):
+        yield f"{where}: the right looks linear: {CONVERSIONS['linear power', 'dB']}"
+    if left.unit != REFLECTANCE:
+        return
+    steps = [other - mean for mean, other in means]
+    spreads = [wide / std for std, wide in zip(left.std or (), right.std or (), strict=False) if std > 0]
+    if all(other > 0 and SCALE / 5 < mean / other < SCALE * 5 for mean, other in means):
+        yield f"{where}: the right looks like reflectance from 0 to 1: {CONVERSIONS['reflectance', REFLECTANCE]}"
+    for sign, words in ((1, "has the offset of processing baseline 04.00: x - 1000, written offset=-1000"),
+                        (-1, "had its offset taken off twice: x + 1000, written offset=0")):  # fmt: skip
+        same = all(abs(step - sign * OFFSET) < OFFSET / 4 for step in steps)
+        if same and all(2 / 3 < spread < 3 / 2 for spread in spreads):
+            yield f"{where}: the right looks as if it {words} in a catalog"
+
+
+def _listed(values: Sequence[float] | None) -> str:
+    return ", ".join(f"{value:.4g}" for value in values or ())

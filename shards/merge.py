@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shards.archives import about
+from shards.coarse import looks_coarse
 from shards.config import ShardsConfig
 from shards.contract import Contract, ContractError, Modality, compare
 from shards.manifest import FORMAT_VERSION, read_facts, write_manifest
@@ -30,6 +32,8 @@ from shards.tile import open_scene
 from shards.write import ShardRecord, read_record
 
 TABLES = 64  # of shards that are made one
+
+log = logging.getLogger(__name__)
 
 
 def merge(config: ShardsConfig, planned: Plan | None = None, store: Store | None = None) -> str:
@@ -56,6 +60,8 @@ def merge(config: ShardsConfig, planned: Plan | None = None, store: Store | None
     facts = dataset_facts(config, planned, found.records, rows, found.statistics)
     builds = {**others, config.name: _build_facts(config, planned, own)}
     facts |= {"builds": builds, **_of_all(builds)}
+    for line in facts["warnings"]:
+        log.warning("%s: %s", config.out, line)
     _check_rows(config, rows, facts)
     if config.split is not None:
         rows, facts["split"] = assign(rows, config.split)
@@ -136,8 +142,18 @@ def _build_facts(config: ShardsConfig, planned: Plan, records: Sequence[ShardRec
         "shards": planned.shards,
         "planned": planned.items,
         "archive": _archive(config),
+        "label": _label(config),
         **_lost(planned, records),
     }
+
+
+def _label(config: ShardsConfig) -> dict[str, Any] | None:
+    """What codes became which class; None without labels. With polygons there are no codes: 0 outside, 1 inside."""
+    if config.label is None:
+        return None
+    table = config.label.table()
+    codes = [[code for code, index in table.items() if index == number] for number in range(len(config.label.names))]
+    return {"codes": codes, "ignored": list(config.label.ignored), "min_area": config.label.min_area}
 
 
 def _lost(planned: Plan, records: Sequence[ShardRecord]) -> dict[str, Any]:
@@ -172,6 +188,8 @@ def dataset_facts(
     """What `dataset.json` says, but for splits and the fingerprint."""
     contract = _contract(config, planned, statistics).to_json()
     shards = {record.name: {"sha256": record.sha256, "bytes": record.bytes} for record in records if record.sha256}
+    stretches = sum((Counter(record.stretches) for record in records), Counter[str]())
+    warning = looks_coarse(stretches["all"], stretches["short"])
     return {
         "format_version": FORMAT_VERSION,
         "contract": contract,
@@ -185,6 +203,8 @@ def dataset_facts(
         "written_by": f"mcf-mamba {version('mcf-mamba')}",
         "archive": _archive(config),
         "left_out_examples": planned.examples(),
+        "label_stretches": {name: stretches[name] for name in ("all", "short")},
+        "warnings": [warning] if warning else [],
         **_lost(planned, records),
     }
 

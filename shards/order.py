@@ -43,6 +43,7 @@ class Use(IntEnum):
     LIMIT = 8
     SPLIT = 9
     MIX = 10
+    BOOTSTRAP = 11
 
 
 class OrderError(ValueError):

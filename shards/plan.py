@@ -31,7 +31,7 @@ from shards.duplicates import Outline, duplicates
 from shards.grid import Grid, Window
 from shards.labels import VECTORS
 from shards.raster_io import footprint, utm_grid
-from shards.scene import Asset, LeftOut, Place, SceneError
+from shards.scene import LABEL, Asset, LeftOut, Place, SceneError
 from shards.tile import OpenScene, open_scene, overlaps
 
 NAMED = 20  # of what was left out for one reason
@@ -122,7 +122,7 @@ class Plan:
     def reasons(self) -> dict[str, int]:
         """How many things were left out for which reason."""
         dropped = sum(len(view.dropped) for view in self.views)
-        counts = Counter(item.reason for item in self.left_out)
+        counts = _counts(self.left_out)
         return dict(counts) | ({"shown by another scene of the same time": dropped} if dropped else {})
 
     def examples(self) -> dict[str, list[str]]:
@@ -131,6 +131,10 @@ class Plan:
         for item in self.left_out:
             names.setdefault(item.reason, []).append(item.name)
         return {reason: found[:NAMED] for reason, found in names.items()}
+
+
+def _counts(left_out: Sequence[LeftOut]) -> Counter[str]:
+    return Counter(item.reason for item in left_out)
 
 
 def shard_name(config: ShardsConfig, index: int) -> str:
@@ -162,6 +166,11 @@ def plan(config: ShardsConfig) -> Plan:
             problems.append(str(error))
     if problems and (config.on_error == "fail" or not views):
         raise BuildError(_refusal(problems, places))
+    if config.label and views and not any(view.place.of(LABEL) for view in views):
+        raise BuildError(
+            f"{archive.root}: no place has a label, but the config names classes; left out: {dict(_counts(left_out))}. "
+            "Put the labels beside the images, or write label=null for images alone"
+        )
     _unique(views)
     views = _without_duplicates(views)
     found = Plan(tuple(views), config.samples_per_shard, tuple(problems), tuple(left_out), _fingerprint(config, views))

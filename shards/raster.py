@@ -25,7 +25,7 @@ from shards.scene import Asset, SceneError
 from shards.store import open_store
 
 CONTAINERS = (".zarr.zip", ".h5", ".parquet", ".tar")
-CACHE_MB = 512  # of decoded blocks per process: a row of tiles across a large JPEG 2000 or striped file stays in it
+CACHE = 256 << 20  # bytes of decoded blocks per process: a row of tiles across a large JPEG 2000 file stays in it
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 REMOTE = ("s3://", "/vsicurl/")
 ATTEMPTS = 8  # at a remote file, each after GDAL's own
@@ -217,8 +217,8 @@ def open_file(path: str, content: bytes | None = None) -> Iterator[FileRaster]:
 
 def _environment(path: str) -> rasterio.Env:
     if not path.startswith(REMOTE):
-        return rasterio.Env(GDAL_CACHEMAX=CACHE_MB)
+        return rasterio.Env(GDAL_CACHEMAX=CACHE)
     from shards.s3 import gdal_options, session
 
     credentials = AWSSession(session()) if path.startswith("s3://") else None
-    return rasterio.Env(credentials, GDAL_CACHEMAX=CACHE_MB, **gdal_options(path))
+    return rasterio.Env(credentials, GDAL_CACHEMAX=CACHE, **gdal_options(path))

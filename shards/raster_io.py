@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -23,13 +23,15 @@ from rasterio.crs import CRS
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 from rasterio.shutil import copy as rio_copy
+from rasterio.windows import Window as RasterWindow
 from shapely.geometry import mapping
 
-from shards.grid import Grid
+from shards.grid import Grid, Window
 from shards.ground import cut
 
 Transform = tuple[float, float, float, float, float, float]
 Colormap = Mapping[int, tuple[int, int, int]]
+CACHE = 128 << 20  # bytes of GDAL's blocks while a large file is written; by default, a twentieth of all memory
 
 
 def write_geotiff(
@@ -98,31 +100,95 @@ def from_geotiff_bytes(data: bytes) -> NDArray[Any]:
         raise ValueError(f"not a readable GeoTIFF ({len(data)} bytes): {error}") from None
 
 
-def read_classes(path: Path) -> NDArray[np.uint8]:
-    """The first band of a raster of classes, [H, W]."""
+def write_parts(
+    path: Path,
+    grid: Grid,
+    parts: Iterable[tuple[Window, NDArray[np.uint8]]],
+    *,
+    nodata: int | None = None,
+    descriptions: Sequence[str] = ("",),
+    colormap: Colormap | None = None,
+) -> None:
+    """Write a tiled, deflated GeoTIFF of uint8 part by part, so that no more than one of them is in memory.
+
+    Args:
+        path: where to; not whole before this returns.
+        grid: of the whole file.
+        parts: windows of the grid and their values [C, h, w].
+        nodata: as for `write_geotiff`.
+        descriptions: a name per band, of which there are so many.
+        colormap: as for `write_geotiff`.
+    """
+    options = {"compress": "deflate", "zlevel": 1, "tiled": True, "blockxsize": 512, "blockysize": 512}
+    if colormap is None:
+        options["photometric"] = "minisblack"  # or else the fourth of four bands would be their transparency
+    with rasterio.Env(GDAL_CACHEMAX=CACHE), rasterio.open(
+        path, "w", driver="GTiff", count=len(descriptions), height=grid.height, width=grid.width, dtype="uint8",
+        crs=grid.crs, transform=Affine(*grid.transform), nodata=nodata, bigtiff="if_safer", **options,
+    ) as raster:  # fmt: skip
+        for band, name in enumerate(descriptions, 1):
+            raster.set_band_description(band, name)
+        if colormap is not None:
+            raster.write_colormap(1, dict(colormap))
+        for window, values in parts:
+            raster.write(values, window=RasterWindow(window.col, window.row, window.width, window.height))
+
+
+def read_classes(path: Path, largest: int | None = None) -> NDArray[np.uint8]:
+    """The first band of a raster of classes, [H, W]; from its overviews, so that no side is over `largest` pixels."""
     with rasterio.open(path) as raster:
-        return np.asarray(raster.read(1), np.uint8)
+        step = max(1.0, max(raster.shape) / (largest or max(raster.shape)))
+        return np.asarray(raster.read(1, out_shape=tuple(max(1, int(side / step)) for side in raster.shape)), np.uint8)
 
 
-def to_cog(source: Path, target: Path, *, tags: Mapping[str, str] | None = None) -> None:
-    """Copy a GeoTIFF to a Cloud-Optimised GeoTIFF with overviews (nearest for classes, average otherwise).
+def to_cog(source: Path, target: Path, *, tags: Mapping[str, str] | None = None, resampling: str = "") -> None:
+    """Copy a GeoTIFF to a Cloud-Optimised GeoTIFF with overviews.
 
     Args:
         source: any GeoTIFF; read only.
         target: replaced whole.
         tags: metadata items for the copy, such as the classes' names.
+        resampling: of the overviews; nearest for uint8 and average otherwise when empty.
     """
     with rasterio.open(source) as raster:
-        classes = raster.dtypes[0] == "uint8"
+        usual = "nearest" if raster.dtypes[0] == "uint8" else "average"
     if tags:
         with rasterio.open(source, "r+") as raster:
             raster.update_tags(**tags)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    rio_copy(
-        source, temporary, driver="COG", compress="deflate", blocksize=256, overviews="AUTO",
-        resampling="nearest" if classes else "average",
-    )  # fmt: skip
+    with rasterio.Env(GDAL_CACHEMAX=CACHE):
+        rio_copy(
+            source, temporary, driver="COG", compress="deflate", blocksize=256, overviews="AUTO",
+            resampling=resampling or usual, bigtiff="if_safer",
+        )  # fmt: skip
     os.replace(temporary, target)
+
+
+def polygons(source: NDArray[np.uint8] | Path, transform: Transform | None = None) -> Iterator[tuple[int, Any]]:
+    """Outlines of connected pixels of one value, side by side (4-connected); 0 is outside.
+
+    Args:
+        source: values [H, W], or a raster of them, which is read row by row.
+        transform: of the values; in pixels (x = column, y = row) when None. A raster has its own.
+
+    Yields:
+        Value and GeoJSON polygon, with holes, along the edges of pixels.
+    """
+    if isinstance(source, Path):
+        with rasterio.open(source) as raster:
+            band = rasterio.band(raster, 1)
+            for shape, value in rasterio.features.shapes(band, mask=band, transform=raster.transform):
+                yield int(value), shape
+    else:
+        for shape, value in rasterio.features.shapes(
+            source, mask=source != 0, transform=Affine(*(transform or (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)))
+        ):
+            yield int(value), shape
+
+
+def to_lonlat(crs: str, geometries: Sequence[Any]) -> list[Any]:
+    """GeoJSON geometries of `crs` in OGC:CRS84, cut at the date line, with 7 decimals (about 1 cm; RFC 7946, 11.2)."""
+    return list(rasterio.warp.transform_geom(_crs(crs), _crs("OGC:CRS84"), list(geometries), precision=7))
 
 
 def burn(polygons: Sequence[tuple[int, Any]], grid: Grid) -> NDArray[np.uint16]:

@@ -343,3 +343,13 @@ def overlaps(a: Grid, b: Grid) -> bool:
     """Whether two grids share any ground."""
     span = _span(a, b)
     return span is not None and span.bottom > 0 and span.right > 0 and span.top < b.height and span.left < b.width
+
+
+def bounds_in(grid: Grid, other: Grid) -> Window | None:
+    """The smallest window of `grid`, perhaps beyond its edges, that holds the ground of `other`; None without any."""
+    span = _span(other, grid)
+    if span is None:
+        return None
+    top, left = (math.floor(value + 1e-6) for value in (span.top, span.left))  # bits that differ are no pixel
+    bottom, right = (math.ceil(value - 1e-6) for value in (span.bottom, span.right))
+    return Window(top, left, bottom - top, right - left)

@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 class ShardRecord:
     """What is known of a finished shard: a row per sample, the tar's hash, statistics, and what was left out.
 
+    `stretches` of the raster labels: `all`, and those that are `short` (`shards.coarse`).
     `retries` (of the store that it went to, by reason) is of this run alone and stays out of what is written.
     """
 
@@ -37,6 +38,7 @@ class ShardRecord:
     statistics: dict[str, BandStatistics] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    stretches: dict[str, int] = field(default_factory=dict)
     retries: Counter[str] = field(default_factory=Counter)
 
 
@@ -137,6 +139,7 @@ def finish_shard(record: ShardRecord, store: Store, plan: str, sensors: Iterable
         "statistics": {name: values.to_json() for name, values in record.statistics.items()},
         "left_out": record.left_out,
         "skipped": record.skipped,
+        "stretches": record.stretches,
     }
     table = pa.Table.from_pylist(record.rows, schema=schema(sensors))
     table = table.replace_schema_metadata({"mcf_shard": json.dumps(facts, sort_keys=True)})
@@ -150,5 +153,8 @@ def read_record(store: Store, name: str) -> tuple[ShardRecord, str, pa.Table]:
     table = read_table(store.get(f"{name}.parquet"))
     facts = json.loads(table.schema.metadata[b"mcf_shard"])
     statistics = {sensor: BandStatistics.from_json(values) for sensor, values in facts["statistics"].items()}
-    record = ShardRecord(name, [], facts["sha256"], facts["bytes"], statistics, facts["left_out"], facts["skipped"])
+    record = ShardRecord(
+        name, [], facts["sha256"], facts["bytes"], statistics, facts["left_out"], facts["skipped"],
+        facts.get("stretches", {}),
+    )  # fmt: skip
     return record, facts["plan"], table

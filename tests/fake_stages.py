@@ -6,12 +6,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from launchers.job import PreflightError, run_rank
+from launchers.job import Job, PreflightError, run_rank
 from pipeline import ranks
 from pipeline.signals import Stopped, StopRequest
 
@@ -31,25 +32,26 @@ class AddUp:
     seconds: float
 
     def __call__(self) -> Path:
-        """Runs to the end; raises Stopped after a signal."""
-        import torch
-
+        """Runs to the end; raises Stopped after a signal. Alone it needs no torch, which takes seconds to import."""
         place = ranks.from_environment()
-        ranks.init(place)
+        if place.world > 1:
+            ranks.init(place)
         saved = self.folder / "saved"
         start = int(saved.read_text()) if saved.exists() else 0
         with StopRequest() as stop:
             for step in range(start, self.steps):
-                total = torch.tensor(place.rank + 1)
+                total = place.rank + 1
                 if place.world > 1:
-                    torch.distributed.all_reduce(total)
+                    total = int(ranks.added_up({"rank": total})["rank"])
                 time.sleep(self.seconds)
                 if place.rank == 0:
-                    self._write({"step": step, "sum": int(total), "world": place.world, "from": start})
-                if ranks.agree(stop.requested) and step + 1 < self.steps:
+                    self._write({"step": step, "sum": total, "world": place.world, "from": start})
+                told = ranks.agree(stop.requested) if place.world > 1 else stop.requested
+                if told and step + 1 < self.steps:
                     if place.rank == 0:
                         saved.write_text(str(step + 1))
-                    ranks.agree(False)  # nobody leaves before it is saved
+                    if place.world > 1:
+                        ranks.agree(False)  # nobody leaves before it is saved
                     raise Stopped(f"stopped after step {step}")
         return self.folder
 
@@ -86,6 +88,23 @@ class Fails:
         with StopRequest() as stop:
             while self.stubborn or not stop.requested:
                 time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Idles:
+    """Ranks that do nothing until they are told to stop, without torch; each leaves `pid-RANK` and `stopped-RANK`."""
+
+    folder: Path
+
+    def __call__(self) -> None:
+        """Raises Stopped after a signal."""
+        rank = ranks.from_environment().rank
+        with StopRequest() as stop:
+            (self.folder / f"pid-{rank}").write_text(str(os.getpid()))
+            while not stop.requested:
+                time.sleep(0.05)
+        (self.folder / f"stopped-{rank}").touch()
+        raise Stopped("stopped")
 
 
 @dataclass(frozen=True)
@@ -204,6 +223,50 @@ class Refuses:
         return self.folder
 
 
+@dataclass(frozen=True)
+class Notes:
+    """What comes after Refuses: copies what that has left, `ended`, to `notes`."""
+
+    folder: Path
+
+    def __call__(self) -> Path:
+        """Raises FileNotFoundError where there is nothing."""
+        (self.folder / "notes").write_text((self.folder / "ended").read_text())
+        return self.folder
+
+
+@dataclass(frozen=True)
+class Waits(Job):
+    """Pretraining that is caught at steps of a test's choice: its last rank waits there until it is told to stop.
+
+    Attributes:
+        at: the step to wait at in each attempt of a Slurm job; none in later ones.
+        fails: whether it raises there instead.
+    """
+
+    at: tuple[int, ...] = ()
+    fails: bool = False
+
+    def __call__(self) -> Path | str:
+        """Trains; leaves `waits-ATTEMPT` in the run folder where it waits."""
+        from unittest import mock
+
+        place, attempt = ranks.from_environment(), (ranks.slurm_job() or (0, 1))[1]
+        step = self.at[attempt - 1] if attempt <= len(self.at) else 0
+
+        def hook(line: Mapping[str, Any]) -> Mapping[str, Any]:
+            if line["step"] == step and place.rank == place.world - 1:
+                if self.fails:
+                    raise RuntimeError("no such luck")
+                (Path(self.config.run) / f"waits-{attempt}").touch()
+                while not stop.requested:
+                    time.sleep(0.05)
+            return {}
+
+        with StopRequest() as stop, mock.patch("pipeline.pretrain.pictures", lambda *_: hook):
+            return super().__call__()
+
+
 def main() -> int:
     """Runs one rank of a stage; returns its exit code."""
     parser = argparse.ArgumentParser()
@@ -212,8 +275,9 @@ def main() -> int:
     parser.add_argument("--parent", type=int)
     given = parser.parse_args()
     stages: dict[str, Callable[[], object]] = {
-        "adds-up": AddUp(given.folder, steps=40, seconds=0.1),
+        "adds-up": AddUp(given.folder, steps=40, seconds=0.05),
         "fails": Fails(given.folder),
+        "idles": Idles(given.folder),
         "hangs": Hangs(given.folder, attempts=99),
         "hangs-once": Hangs(given.folder, attempts=1),
         "fails-stubbornly": Fails(given.folder, stubborn=True),

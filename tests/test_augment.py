@@ -60,7 +60,7 @@ def test_symmetries_are_the_eight_of_the_square() -> None:
 
 
 def test_everything_of_a_sample_turns_alike() -> None:
-    turned = augment(batch(64, 8, 8), Augmentation(1, True))
+    turned = augment(batch(64, 8, 8), Augmentation(1, "all"))
     assert turned.label is not None
     assert torch.equal(turned.values["a"][:, 0].long(), turned.label)
     assert torch.equal(turned.values["b"][:, 1].long(), -turned.label)
@@ -70,7 +70,7 @@ def test_everything_of_a_sample_turns_alike() -> None:
 
 
 def test_oblong_samples_keep_their_shape() -> None:
-    turned = augment(batch(64, 4, 6), Augmentation(1, True))
+    turned = augment(batch(64, 4, 6), Augmentation(1, "all"))
     assert turned.label is not None and turned.label.shape == (64, 4, 6)
     assert len({tuple(item.flatten().tolist()) for item in turned.label}) == 4
 
@@ -87,15 +87,15 @@ def test_keyed_by_seed_and_position_not_by_place_in_the_batch() -> None:
         keys=["5"],
     )
     assert torch.equal(
-        augment(one, Augmentation(3, True)).values["b"], augment(whole, Augmentation(3, True)).values["b"][5:6]
+        augment(one, Augmentation(3, "all")).values["b"], augment(whole, Augmentation(3, "all")).values["b"][5:6]
     )
     assert not torch.equal(
-        augment(whole, Augmentation(3, True)).values["b"], augment(whole, Augmentation(4, True)).values["b"]
+        augment(whole, Augmentation(3, "all")).values["b"], augment(whole, Augmentation(4, "all")).values["b"]
     )
 
 
 def test_without_label() -> None:
-    assert augment(replace(batch(2, 4, 4), label=None), Augmentation(0, True)).label is None
+    assert augment(replace(batch(2, 4, 4), label=None), Augmentation(0, "all")).label is None
 
 
 def corner(image: torch.Tensor, width: int) -> tuple[int, int]:
@@ -126,7 +126,7 @@ def test_crops_are_keyed_by_seed_and_position_not_by_place_in_the_batch() -> Non
         label=whole.label[order],
         positions=whole.positions[order],
     )
-    for how in (Augmentation(3, False, 5), Augmentation(3, True, 5)):
+    for how in (Augmentation(3, "none", 5), Augmentation(3, "all", 5)):
         one, two = augment(whole, how), augment(turned, how)
         assert torch.equal(one.values["b"][order], two.values["b"])
         assert torch.equal(one.valid["a"][order], two.valid["a"])
@@ -137,7 +137,7 @@ def test_crops_are_keyed_by_seed_and_position_not_by_place_in_the_batch() -> Non
 
 
 def test_a_crop_is_taken_then_turned() -> None:
-    both = augment(batch(64, 8, 6), Augmentation(2, True, 6))
+    both = augment(batch(64, 8, 6), Augmentation(2, "all", 6))
     cut = augment(batch(64, 8, 6), Augmentation(2, crop=6))
     assert both.label is not None and cut.label is not None
     found = set()
@@ -156,5 +156,5 @@ def test_a_crop_of_the_whole_changes_nothing_and_a_larger_one_is_refused() -> No
 
 
 def test_crops_without_label() -> None:
-    found = augment(replace(batch(2, 8, 8), label=None), Augmentation(0, True, 4))
+    found = augment(replace(batch(2, 8, 8), label=None), Augmentation(0, "all", 4))
     assert found.label is None and found.values["a"].shape == (2, 1, 4, 4)

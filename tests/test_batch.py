@@ -128,8 +128,8 @@ def test_reading_ahead_can_be_left_early() -> None:
 
 def test_training_batches_are_augmented_by_position_alone() -> None:
     plain = next(training_batches(PAIRS, 5, CONTRACT, Augmentation()))
-    turned = next(training_batches(PAIRS, 5, CONTRACT, Augmentation(7, True)))
-    one_by_one = list(training_batches(PAIRS, 1, CONTRACT, Augmentation(7, True), threads=3))
+    turned = next(training_batches(PAIRS, 5, CONTRACT, Augmentation(7, "all")))
+    one_by_one = list(training_batches(PAIRS, 1, CONTRACT, Augmentation(7, "all"), threads=3))
     assert not torch.equal(plain.values["s1"], turned.values["s1"])
     assert torch.equal(torch.cat([batch.values["s1"] for batch in one_by_one]), turned.values["s1"])
 

@@ -21,7 +21,7 @@ from tests.small_dataset import one_thread  # noqa: F401
 NAMES = ["shards", "pretrain", "finetune", "evaluate"]
 
 
-def write_chain(folder: Path, data: str, **slurm: Any) -> Path:
+def write_chain(folder: Path, data: str) -> Path:
     """Shards to an evaluation, small; as files, which is how a user has them."""
     make_archive(folder / "archive", places=4)
     model = {"dims": [8, 16], "depths": [1, 1]}
@@ -40,12 +40,14 @@ def write_chain(folder: Path, data: str, **slurm: Any) -> Path:
         "evaluate": {
             "stage": "evaluate", "run": str(folder / "evaluate"), "checkpoint": str(folder / "finetune"), "data": data,
         },
-        "cluster": {"stage": "slurm", "time_min": 10, **slurm},
+        "cluster": {"stage": "slurm", "time_min": 10},
+        "two": {"stage": "slurm", "time_min": 10, "tasks_per_node": 2},
     }  # fmt: skip
     for name, content in files.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     steps = [{"name": name, "config": f"{folder}/{name}.yaml", "slurm": f"{folder}/cluster.yaml"} for name in NAMES]
     steps[0]["parts"] = 2  # type: ignore[assignment]
+    steps[1]["slurm"] = f"{folder}/two.yaml"
     path = folder / "chain.yaml"
     path.write_text(yaml.safe_dump({"stage": "chain", "folder": str(folder / "chain"), "steps": steps}))
     return path
@@ -54,17 +56,20 @@ def write_chain(folder: Path, data: str, **slurm: Any) -> Path:
 def test_a_chain_runs_and_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_chain(tmp_path, str(tmp_path / "data"))
     assert command.main(["run", str(path), "--dry-run"]) == 0
-    assert [line.split()[:4] for line in capsys.readouterr().out.splitlines()][1] == [
-        "pretrain",
-        "pretrain",
-        "to",
-        "do",
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:4] == ["pretrain", "pretrain", "to", "do"]
+    assert lines[2] == "    no plan before shards is done, whose results it reads"
     finetune = yaml.safe_load((tmp_path / "finetune.yaml").read_text())
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump({**finetune, "checkpoint": str(tmp_path / "nothing")}))
     assert command.main(["run", str(path)]) == 1
     assert "no checkpoint there" in capsys.readouterr().err
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump({**finetune, "batch": {"global_batch": 1000}}))
+    assert command.main(["run", str(path)]) == 1
+    assert "step finetune cannot be: batch.global_batch=1000: the selection has" in capsys.readouterr().err
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(finetune))
+    assert command.main(["run", str(path), "--dry-run", "--on", "local", "--processes", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "    global batch  4 = 4 ranks x 1 a micro-batch" in text and "no plan before finetune is done" in text
     assert command.main(["run", str(path)]) == 0
     said = capsys.readouterr().err
     assert "shards: done before\npretrain: done before\nfinetune: finetune\n" in said
@@ -109,7 +114,7 @@ def test_on_slurm_a_failing_stage_stops_it_and_the_same_command_goes_on(
     slurm: Cluster, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where the logs of a build to S3 go
-    path = write_chain(tmp_path, f"{s3_url}/data", tasks_per_node=2)
+    path = write_chain(tmp_path, f"{s3_url}/data")
     config: ChainConfig = configs.load(path)
     finetune = (tmp_path / "finetune.yaml").read_text()
     (tmp_path / "finetune.yaml").write_text(finetune.replace(f"{tmp_path}/pretrain", f"{tmp_path}/nothing"))

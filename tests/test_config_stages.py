@@ -10,7 +10,16 @@ from configs import ConfigError
 from pipeline.config import PretrainConfig
 from pipeline.finetune_config import FinetuneConfig
 
-PRESETS = ["demo-pretrain", "demo-finetune", "pretrain-tiny", "pretrain-small", "pretrain-base"]
+PRESETS = [
+    "demo-pretrain",
+    "demo-finetune",
+    "pretrain-tiny",
+    "pretrain-small",
+    "pretrain-base",
+    "finetune-dfc2020",
+    "finetune-msaw",
+    "finetune-hunan",
+]
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import configs
 from configs import ConfigError
 from launchers.local import launch
+from pipeline import checkpoint
 from pipeline.average import Average
 from pipeline.config import DEEPSPEED, BatchSize, EngineConfig, Optim
 from pipeline.engine import (
@@ -28,6 +30,7 @@ from pipeline.engine import (
     guard_precision,
     precision_line,
 )
+from pipeline.export import export
 from pipeline.model.config import ModelConfig
 from pipeline.model.mcf_mamba import MCFMamba
 from pipeline.optim import learning_rate, parameter_groups
@@ -129,6 +132,14 @@ def test_the_average_is_that_of_the_parameters_under_every_zero_stage(runs: Path
         assert torch.allclose(average[name], value, rtol=1e-4, atol=1e-6), name
     moved = [name for name in last if not torch.equal(average[name], last[name])]
     assert len(moved) > 0.9 * len(last)
+
+
+@pytest.mark.parametrize("other", ["zero0", "zero2", "zero3", "four"])
+def test_a_release_of_any_zero_stage_and_world_is_the_average(runs: Path, other: str, tmp_path: Path) -> None:
+    raw = {"stage": "export", "checkpoint": str(runs / other), "out": str(tmp_path / "release")}
+    released = MCFMamba.from_pretrained(export(configs.parse(raw))).state_dict()
+    average = checkpoint.find(runs / other).state.average
+    assert average and all(torch.equal(released[name], tensor) for name, tensor in average.items())
 
 
 def test_the_average_follows_its_rule() -> None:
@@ -298,14 +309,14 @@ def test_impossible_batches_are_refused_with_the_numbers() -> None:
 def test_decay_spares_norms_biases_and_the_state_space() -> None:
     model = MCFMamba(ModelConfig(dims=(8, 16), depths=(1, 1)), {"a": 2}, 3)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, spared = parameter_groups(model, 0.05)
+    decayed, spared = parameter_groups(model, Optim(weight_decay=0.05))
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
     without = {names[id(parameter)].rsplit(".", 1)[1] for parameter in spared["params"]}
     assert {"A_log", "D", "dt_bias", "bias"} <= without
     assert "head.weight" in {names[id(parameter)] for parameter in decayed["params"]}
     model.head.requires_grad_(False)
-    assert len(parameter_groups(model, 0.05)[0]["params"]) == len(decayed["params"]) - 1
+    assert len(parameter_groups(model, Optim(weight_decay=0.05))[0]["params"]) == len(decayed["params"]) - 1
 
 
 def test_learning_rate_is_that_of_the_published_code() -> None:

@@ -16,8 +16,10 @@ from launchers.config import SlurmConfig
 from launchers.job_logs import Logs
 from launchers.slurm import submit_job
 from launchers.slurm_queue import BETWEEN, JobsError
-from tests.fake_stages import Fails, Tells, steps
+from tests.fake_stages import Tells, Waits, steps
 from tests.services.cluster import Cluster
+from tests.small_dataset import one_thread, write_dataset  # noqa: F401
+from tests.training_scenarios import config
 
 ME = str(os.getuid())
 ONE_NODE, TWO_NODES = (SlurmConfig(nodes=nodes, time_min=10) for nodes in (1, 2))
@@ -209,12 +211,21 @@ def test_who_was_ended_by_a_signal_is_known_by_srun(tmp_path: Path, said: str, e
 
 def test_the_first_to_fail_is_told_of_in_spite_of_those_it_took_along(tmp_path: Path) -> None:
     raised = "submitit ERROR (2026-11-29 02:4{}) - Submitted job triggered an exception\n"
-    raised += "Traceback (most recent call last):\n"
+    trace = "Traceback (most recent call last):\n"
+    rank = "[rank1]: "  # as torch writes where ranks are connected
     log(tmp_path, "7_0_log.out", BEGAN + "step 1\n")
     exited = "srun: error: node1: task 0: Exited with exit code 1\n" + ENDS_OTHERS
-    log(tmp_path, "7_0_log.err", raised.format("7:00,900") + '  File "a"\nRuntimeError: Connection closed\n' + exited)
-    log(tmp_path, "7_1_log.err", raised.format("7:00,100") + '  File "b"\nValueError: no such luck\nat all\n')
-    log(tmp_path, "7_2_log.err", raised.format("5:00,000") + '  File "c"\nOSError: in an earlier attempt\n')
+    log(
+        tmp_path,
+        "7_0_log.err",
+        raised.format("7:00,900") + trace + '  File "a"\nRuntimeError: Connection closed\n' + exited,
+    )
+    log(
+        tmp_path,
+        "7_1_log.err",
+        raised.format("7:00,100") + f'{rank}{trace}{rank}  File "b"\n{rank}ValueError: no such luck\nat all\n',
+    )
+    log(tmp_path, "7_2_log.err", raised.format("5:00,000") + trace + '  File "c"\nOSError: in an earlier attempt\n')
     text = jobs.logs(str(tmp_path))
     assert text.startswith(f"--- {tmp_path}/logs/7_0_log.out\n")
     assert text.endswith(
@@ -279,11 +290,18 @@ def test_requeued_and_cancelled_a_run_loses_nothing(slurm: Cluster, tmp_path: Pa
 
 
 @pytest.mark.slurm
-def test_a_failed_job_says_who_and_why(slurm: Cluster, tmp_path: Path) -> None:
-    job = submit_job(Fails(tmp_path), TWO_NODES, tmp_path / "logs", "mcf-pretrain")
-    try:
-        jobs.follow(job, io.StringIO())
-        assert "--- task 1 failed: RuntimeError: no such luck\nTraceback" in jobs.logs(job)
-        assert re.search("failed .* task 1: RuntimeError: no such luck$", row(job))
-    finally:
-        slurm.cancel(job)
+@pytest.mark.timeout(300)
+def test_a_failed_job_says_who_and_why_and_one_that_fails_always_stays_down(slurm: Cluster, tmp_path: Path) -> None:
+    """A pretraining whose rank 1 raises in its first step; it may start once without getting further."""
+    write_dataset(tmp_path / "data")
+    settings, run = config(tmp_path, "run", guard={"starts": 1}, track=[]), tmp_path / "run"
+    job = submit_job(Waits(settings, at=(1, 1), fails=True), TWO_NODES, run / "logs", "mcf-pretrain")
+    slurm.watch(job, run / "logs")
+    slurm.wait(job, "FAILED")
+    assert "--- task 1 failed: RuntimeError: no such luck\nTraceback" in jobs.logs(job)
+    assert re.search("failed .* task 1: RuntimeError: no such luck$", row(job))
+    assert "had ended (failed); requeued" in jobs.requeue(str(run))
+    slurm.wait_until(lambda: slurm.facts(job)["Restarts"] == "1", job)
+    slurm.wait(job, "FAILED")
+    down = "StaysDown: run: .* was started 1 times from step 0 .*The last start: rank 1: RuntimeError: no such luck"
+    assert re.search(f"failed .* task 0: .*{down}", row(job)), row(job)

@@ -159,7 +159,7 @@ def test_every_field_has_an_effect(first_loss: Any) -> None:
     assert first_loss() == plain
     deep = {"dims": [8, 16], "depths": [1, 1]}
     for change in (
-        {"augment": False}, {"lanes": 1}, {"seed": 1}, {"normalise": "range"}, {"sensors": ["s1"]},
+        {"augment": "none"}, {"lanes": 1}, {"seed": 1}, {"normalise": "range"}, {"sensors": ["s1"]},
         {"where": {"split": ["test"]}}, {"cmss": {"ratio": 0.75}}, {"cmss": {"strategy": "independent"}},
         {"cmss": {"weights": {"s1": 2}}}, {"model": {**deep, "drop_path": 0.9}},
         {"model": {**deep, "profile": "paper"}},

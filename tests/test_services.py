@@ -41,8 +41,8 @@ def test_absent_slurm_is_listed_as_not_run(tmp_path: Path) -> None:
     assert re.search(r"NOT RUN: \d+ tests marked slurm", done.stdout), done.stdout
     before, _, after = done.stdout.partition("NOT RUN")
     assert "make services" in after
-    assert "test_requeued_by_slurm_it_goes_on" in after
-    assert "test_requeued_by_slurm_it_goes_on" not in before
+    assert "test_a_job_that_hangs_is_requeued_so_often_and_no_more" in after
+    assert "test_a_job_that_hangs_is_requeued_so_often_and_no_more" not in before
     assert "test_the_preset_loads" in before
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 
 import configs
 from launchers.config import SlurmConfig
-from launchers.slurm import SlurmError, script, submit, submit_parts
-from tests.fake_stages import AddUp, Fails, Hangs, Refuses, steps
+from launchers.slurm import SlurmError, Task, script, submit, submit_job, submit_parts
+from pipeline.signals import StopRequest
+from tests.fake_stages import Hangs, Notes, Refuses
 from tests.scenes import make_archive, north_up, shards_config, write_scene
 from tests.services.cluster import Cluster
 
@@ -122,6 +124,22 @@ def test_the_batch_script_requeues_what_hung_and_nothing_else(
         assert (tmp_path / "called").read_text() == "requeue 7\n" and (tmp_path / "7.requeues").read_text() == "1\n"
 
 
+def test_a_time_limit_requeues_so_often_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an scontrol that only notes that it was called; TERM is Slurm's own matter."""
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/called\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    task = Task(Notes(tmp_path), tmp_path, SlurmConfig(max_requeues=2))
+    for name in (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR2, signal.SIGUSR2):
+        with StopRequest() as stop:
+            os.kill(os.getpid(), name)
+            task._requeue("7", stop)
+    assert (tmp_path / "called").read_text() == "requeue 7\n" * 2
+    assert capsys.readouterr().out == "not requeued: 2 times is max_requeues. Submit again to go on\n"
+
+
 def test_the_preset_loads() -> None:
     assert isinstance(configs.load("slurm"), SlurmConfig)
 
@@ -148,59 +166,17 @@ def test_the_script_shown_is_the_script_submitted(slurm: Cluster, tmp_path: Path
 @pytest.mark.slurm
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [({"partition": "nowhere"}, "invalid partition"), ({"account": "nobody"}, "Invalid account")],
+    [
+        ({"partition": "nowhere"}, "invalid partition"),
+        ({"account": "nobody"}, "Invalid account"),
+        ({"qos": "gold"}, "Invalid qos"),
+    ],
 )
 def test_a_refusal_carries_slurms_own_words(
     slurm: Cluster, asked: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(SlurmError, match=message):
         submit(pretrain_config(), SlurmConfig(**asked), tmp_path)  # type: ignore[arg-type]
-
-
-@pytest.mark.slurm
-def test_requeued_by_slurm_it_goes_on(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`scontrol requeue` sends TERM: the ranks save at one step, end, are started again and finish."""
-    monkeypatch.setenv("RANK", "0")  # who submits may be a rank of something else
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    job_id = slurm.submit(AddUp(tmp_path, steps=50, seconds=0.1), TWO_NODES, tmp_path / "logs")
-    slurm.wait_until(lambda: len(steps(tmp_path)) >= 3, job_id)
-    slurm.requeue(job_id)
-    slurm.wait(job_id, "COMPLETED")
-    lines = steps(tmp_path)
-    assert [line["step"] for line in lines] == list(range(50))
-    assert {line["world"] for line in lines} == {2}
-    assert {line["sum"] for line in lines} == {3}
-    assert len({line["from"] for line in lines}) == 2, "it was not resumed"
-    assert slurm.facts(job_id)["Restarts"] == "1"
-    assert slurm.facts(job_id)["NumNodes"] == "2"
-    assert slurm.logs(job_id).count("stopped after step") == 2, "both ranks say so, and logs are appended"
-
-
-@pytest.mark.slurm
-def test_before_its_time_limit_it_requeues_itself(slurm: Cluster, tmp_path: Path) -> None:
-    """USR2 is what Slurm sends then. After `max_requeues` times the job ends, and can be submitted again."""
-    job = AddUp(tmp_path, steps=80, seconds=0.1)
-    settings = SlurmConfig(nodes=2, time_min=10, max_requeues=1)
-    job_id = slurm.submit(job, settings, tmp_path / "logs")
-    slurm.wait_until(lambda: len(steps(tmp_path)) >= 3, job_id)
-    slurm.signal(job_id, "USR2")
-    slurm.wait_until(lambda: len({line["from"] for line in steps(tmp_path)}) == 2, job_id)
-    assert slurm.facts(job_id)["Restarts"] == "1"
-    slurm.signal(job_id, "USR2")
-    slurm.wait(job_id, "FAILED")
-    assert "not requeued: 1 times is max_requeues" in slurm.logs(job_id)
-    again = slurm.submit(job, settings, tmp_path / "logs")
-    slurm.wait(again, "COMPLETED")
-    lines = steps(tmp_path)
-    assert [line["step"] for line in lines] == list(range(80))
-    assert len({line["from"] for line in lines}) == 3
-
-
-@pytest.mark.slurm
-def test_a_failing_rank_ends_the_job(slurm: Cluster, tmp_path: Path) -> None:
-    job_id = slurm.submit(Fails(tmp_path), TWO_NODES, tmp_path / "logs")
-    slurm.wait(job_id, "FAILED")
-    assert "RuntimeError: no such luck" in slurm.logs(job_id)
 
 
 @pytest.mark.slurm
@@ -251,12 +227,19 @@ def test_a_build_as_an_array_stops_at_a_bad_part_and_repeats_that_part_alone(slu
 
 @pytest.mark.slurm
 def test_a_node_that_is_not_fit_is_left_out_by_a_job_after_this_one(slurm: Cluster, tmp_path: Path) -> None:
-    """A job cannot change its own list of nodes."""
-    job_id = slurm.submit(Refuses(tmp_path), SlurmConfig(time_min=10), tmp_path / "logs")
+    """A job cannot change its own list of nodes. What waited for it, as a chain's next stage, waits for the other."""
+    settings, logs = SlurmConfig(time_min=10), tmp_path / "logs"
+    job_id = slurm.submit(Refuses(tmp_path), settings, logs)
+    slurm.update(job_id, "StartTime=now+60")  # until another waits for it
+    waiting = submit_job(Notes(tmp_path), settings, logs, after=job_id)
+    slurm.watch(waiting, logs)
+    slurm.update(job_id, "StartTime=now")
     slurm.wait(job_id, "FAILED")
     said, unfit = slurm.logs(job_id), (tmp_path / "unfit").read_text()
     assert f"gpu on {unfit}: hot" in said
     (successor,) = re.findall(rf"submitted again as (\d+) without {unfit}", said)
-    slurm.watch(successor, tmp_path / "logs")
-    slurm.wait(successor, "COMPLETED")
-    assert (tmp_path / "ended").read_text() != unfit and slurm.facts(successor)["ExcNodeList"] == unfit
+    assert f"job {waiting}, which waited for this one, now waits for {successor}" in said
+    slurm.watch(successor, logs)
+    slurm.wait(waiting, "COMPLETED")
+    assert (tmp_path / "notes").read_text() == (tmp_path / "ended").read_text() != unfit
+    assert slurm.state(successor) == "COMPLETED" and slurm.facts(successor)["ExcNodeList"] == unfit

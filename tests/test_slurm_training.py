@@ -4,54 +4,91 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launchers.config import SlurmConfig
-from launchers.job import Job
+from launchers.slurm import SlurmError, submit
 from pipeline import checkpoint, log
+from pipeline.holding import RunHeld
 from pipeline.pretrain import pretrain
+from tests.fake_stages import Waits
 from tests.services.cluster import Cluster
 from tests.services.slurm import lose_node, return_node
 from tests.small_dataset import one_thread, write_dataset  # noqa: F401
 from tests.training_scenarios import config
 
-STEPS = 36
+STEPS = 10
 HOW = {"steps": STEPS, "checkpoint_every": 2, "batch": {"global_batch": 4}, "track": []}
+AT = (3, 5, 7, 9)  # where the attempts are caught
+SPARE = SlurmConfig(nodes=2, partition="spare", time_min=10, signal_delay_s=25)  # which makes room for `urgent`
+LOOKS_S = 30  # how often Slurm looks at time limits
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(600)
-def test_a_requeue_a_time_limit_and_a_lost_node_change_no_number(slurm: Cluster, tmp_path: Path) -> None:
-    """Two nodes against this process alone; TERM, USR2 and a power cut on the way."""
+@pytest.mark.timeout(900)
+def test_whatever_slurm_does_to_a_run_changes_no_number(
+    slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A time limit, a preemption, a requeue and a lost node, on two nodes, against this process alone; and meanwhile
+    nobody else gets into the run folder."""
+    monkeypatch.setenv("RANK", "0")  # who submits may be a rank of something else
+    monkeypatch.setenv("WORLD_SIZE", "1")
     write_dataset(tmp_path / "data")
+    run, settings = tmp_path / "there", config(tmp_path, "there", **HOW)
+    job_id = slurm.submit(Waits(settings, AT), SPARE, run / "logs")
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+
+    def caught(attempt: int) -> None:
+        slurm.wait_until((run / f"waits-{attempt}").exists, job_id, 120)
+
+    def started_again(times: int) -> None:
+        slurm.wait_until(lambda: slurm.facts(job_id)["Restarts"] == str(times), job_id, 120)
+
+    caught(1)
+    _nobody_else_begins(settings, run, job_id)
+    _soon_over(slurm, job_id)
     pretrain(config(tmp_path, "here", **HOW))
-    settings = SlurmConfig(nodes=2, time_min=10)
-    run = tmp_path / "there"
-    job_id = slurm.submit(Job(config(tmp_path, "there", **HOW)), settings, run / "logs")
-
-    def reached(step: int) -> None:
-        done = run / "metrics.jsonl"
-        slurm.wait_until(lambda: done.exists() and len(log.read(run)) >= step, job_id, 120)
-
-    reached(5)
+    started_again(1)
+    assert checkpoint.find(run).step == 3, "not saved before the time limit"
+    assert (run / "logs" / f"{job_id}.requeues").read_text() == "1"
+    slurm.update(job_id, "TimeLimit=10")
+    caught(2)
+    urgent = slurm.preempt(job_id)
+    slurm.wait(urgent, "COMPLETED")
+    started_again(2)
+    caught(3)
     slurm.requeue(job_id)
-    slurm.wait_until(lambda: slurm.facts(job_id)["Restarts"] == "1", job_id)
-    reached(12)
-    slurm.signal(job_id, "USR2")
-    slurm.wait_until(lambda: slurm.facts(job_id)["Restarts"] == "2", job_id)
-    reached(20)
-    nodes = re.findall(r"\d+", slurm.facts(job_id)["NodeList"])
-    lost = f"node{nodes[-1]}"
-    before = checkpoint.find(run).step
+    started_again(3)
+    caught(4)
+    lost = f"node{re.findall(r'[0-9]+', slurm.facts(job_id)['NodeList'])[-1]}"
     lose_node(lost)
     try:
-        slurm.wait_until(lambda: slurm.facts(job_id)["Restarts"] == "3", job_id, 120)
-        slurm.wait(job_id, "COMPLETED", 180)
+        started_again(4)
+        assert checkpoint.find(run).step == 8, "the last checkpoint before the node was lost"
+        slurm.wait(job_id, "COMPLETED")
     finally:
         return_node(lost)
-    assert lost.removeprefix("node") not in re.findall(r"\d+", slurm.facts(job_id)["NodeList"]) and before >= 18
+    assert lost.removeprefix("node") not in re.findall(r"\d+", slurm.facts(job_id)["NodeList"])
+    assert slurm.logs(job_id).count("stopped as asked after step") == 6, "both ranks, each time, in logs that go on"
+    assert (run / "logs" / f"{job_id}.requeues").read_text() == "2", "those after USR2 are counted, by the job itself"
     here, there = log.read(tmp_path / "here"), log.read(run)
     assert [line["step"] for line in there] == list(range(1, STEPS + 1))
     assert [line["digest"] for line in there] == [line["digest"] for line in here]
     assert [line["loss"] for line in there] == pytest.approx([line["loss"] for line in here], rel=1e-6)
+
+
+def _soon_over(slurm: Cluster, job_id: str) -> None:
+    """Gives a job as few minutes as let Slurm look before they are over: one, unless it was slow to begin."""
+    minutes, seconds = slurm.facts(job_id)["RunTime"].split(":")[1:]
+    slurm.update(job_id, f"TimeLimit={int(minutes) + 1 + (int(seconds) + LOOKS_S >= 58)}")
+
+
+def _nobody_else_begins(settings: Any, run: Path, job_id: str) -> None:
+    """Neither as another job nor here, while the run is a job's."""
+    with pytest.raises(SlurmError, match=rf"job {job_id} is there and running .*mcf jobs cancel {job_id}"):
+        submit(settings, SPARE, run / "logs")
+    with pytest.raises(RunHeld, match=rf"job {job_id}, attempt 1, process \d+ on node\d"):
+        pretrain(settings)

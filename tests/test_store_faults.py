@@ -187,14 +187,14 @@ def own_client(own_server: Swift, monkeypatch: pytest.MonkeyPatch, hasty: None) 
 def test_a_server_killed_in_mid_upload_and_restarted(
     own_server: Swift, own_client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "FIRST_PAUSE", 1.0)  # a busy machine takes a while to start a server
+    monkeypatch.setattr(s3, "FIRST_PAUSE", 0.3)  # a busy machine takes a while to start a server
     data, read, starting = content(8 * PART), s3._Content.part, []
     (tmp_path / "shard.tar").write_bytes(data)
 
     def part(self: s3._Content, start: int) -> bytes:
         if start == 4 * PART and not starting:
             own_server.kill()
-            with pytest.raises(OSError, match="refused"):
+            with pytest.raises(OSError):  # refused, or reset by a worker that is dying
                 urllib.request.urlopen(own_server.endpoint, timeout=5)
             starting.append(threading.Thread(target=own_server.start))
             starting[0].start()

@@ -23,7 +23,7 @@ from shards.reading import Reading
 from shards.stream import Share, Stream, StreamError
 from tests.small_dataset import write_dataset
 
-HOW = Augmentation(seed=7, turn=True, crop=12)
+HOW = Augmentation(seed=7, turn="all", crop=12)
 COUNT = 14  # micro-batches: more than an epoch
 
 

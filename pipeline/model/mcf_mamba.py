@@ -59,11 +59,11 @@ class MCFMamba(nn.Module):
                 module.recompute = True
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, scan: str | None = None) -> MCFMamba:
-        """Open a release folder; see `pipeline.model.release.from_pretrained`."""
+    def from_pretrained(cls, address: str | Path, scan: str | None = None) -> MCFMamba:
+        """Open a release: a folder, s3://, or ORG/NAME on the Hub; see `pipeline.model.release.from_pretrained`."""
         from pipeline.model.release import from_pretrained
 
-        return from_pretrained(folder, scan)
+        return from_pretrained(address, scan)
 
     def forward(
         self,

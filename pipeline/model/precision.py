@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
@@ -27,6 +28,11 @@ class KeepPrecision(nn.Module):
         return self
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast switched off for a block; nothing where it is off already, so that torch.export need not record it."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
 class LayerNorm(KeepPrecision, nn.LayerNorm):
     """LayerNorm over the last axis, computed in at least fp32, eps 1e-5.
 
@@ -39,6 +45,6 @@ class LayerNorm(KeepPrecision, nn.LayerNorm):
         if x.is_meta:  # which torch.autocast does not know
             return super().forward(x)
         wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             y = F.layer_norm(wide, self.normalized_shape, self.weight, self.bias, self.eps)
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)

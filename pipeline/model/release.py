@@ -1,11 +1,13 @@
-"""A release folder: a trained network that opens with torch and safetensors alone.
+"""A release: a trained network that opens with torch and safetensors alone.
 
     model.safetensors   parameters by name, fp32
-    config.json         format_version, ModelConfig, bands of each modality in order, outputs
+    config.json         format_version, ModelConfig, bands of each modality in order, outputs, lineage
     contract.json       what the numbers going in and coming out mean (shards/contract.py)
     README.md           the model card
 
-Nothing in it is code or pickle. A folder is written beside its place and renamed, so it is whole or absent.
+`mcf export` adds evaluations (eval/NAME.json) and, if asked to, a program of torch.export (model.pt2). Nothing that is
+opened here is code or pickle. A folder is written beside its place and renamed, so it is whole or absent; on S3
+config.json is put last, and what has none is no release.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from pipeline.model.mcf_mamba import MCFMamba
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CONTRACT, CARD = "model.safetensors", "config.json", "contract.json", "README.md"
+PROGRAM = "model.pt2"  # by option, and never opened here
 LISTED = 20  # names in an error message
 
 
@@ -36,7 +40,13 @@ class ReleaseError(ValueError):
     """A release folder that cannot be written or opened; the message names the file and what to do."""
 
 
-def save(folder: str | Path, model: MCFMamba, contract: Mapping[str, Any], card: str) -> Path:
+def save(
+    folder: str | Path,
+    model: MCFMamba,
+    contract: Mapping[str, Any],
+    card: str,
+    lineage: Sequence[Mapping[str, Any]] = (),
+) -> Path:
     """Write a release folder.
 
     Args:
@@ -44,6 +54,7 @@ def save(folder: str | Path, model: MCFMamba, contract: Mapping[str, Any], card:
         model: the network; its parameters are written as float32.
         contract: `Contract.to_json()`.
         card: text of the README.
+        lineage: the trainings that the parameters went through, oldest first, in JSON's types.
 
     Returns:
         The folder.
@@ -51,27 +62,65 @@ def save(folder: str | Path, model: MCFMamba, contract: Mapping[str, Any], card:
     Raises:
         ReleaseError: the folder holds something.
     """
-    folder = Path(folder)
+    with making(folder) as part:
+        write(part, model, contract, card, lineage)
+    return Path(folder)
+
+
+@contextmanager
+def making(address: str | Path) -> Iterator[Path]:
+    """An empty folder, which becomes the release when the block ends without an error.
+
+    Args:
+        address: where; a folder that must not exist, or be empty, or s3://BUCKET/PREFIX likewise.
+
+    Raises:
+        ReleaseError: something is there.
+        StoreError: S3 refuses.
+    """
+    if str(address).startswith("s3://"):
+        with _making_on_s3(str(address)) as part:
+            yield part
+        return
+    folder = Path(address)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ReleaseError(f"{folder} exists and is not empty; remove it or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write(part, model, contract, card)
+        yield part
         part.chmod(0o755)
         os.replace(part, folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return folder
 
 
-def _write(folder: Path, model: MCFMamba, contract: Mapping[str, Any], card: str) -> None:
+@contextmanager
+def _making_on_s3(address: str) -> Iterator[Path]:
+    from pipeline.model import remote
+
+    if reason := remote.occupied(address):
+        raise ReleaseError(reason)
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        remote.put(Path(folder), address)
+
+
+def write(
+    folder: Path,
+    model: MCFMamba,
+    contract: Mapping[str, Any],
+    card: str,
+    lineage: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """The four files of a release into a folder that `making` has given; arguments as of `save`."""
     config = {
         "format_version": FORMAT_VERSION,
         "model": dataclasses.asdict(model.config),
         "channels": [[name, bands] for name, bands in model.channels.items()],
         "outputs": model.outputs,
+        "lineage": list(lineage),
     }
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS)
@@ -80,30 +129,65 @@ def _write(folder: Path, model: MCFMamba, contract: Mapping[str, Any], card: str
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
-def from_pretrained(folder: str | Path, scan: str | None = None) -> MCFMamba:
-    """Open a release folder, in evaluation mode and on the CPU.
+@contextmanager
+def opened(address: str | Path) -> Iterator[Path]:
+    """A release as a local folder while the block lasts.
 
     Args:
-        folder: written by `save`.
+        address: a folder, which costs nothing and never touches the network; s3://BUCKET/PREFIX; or ORG/NAME or
+            ORG/NAME@REVISION on the Hugging Face Hub, where no such folder is here.
+
+    Raises:
+        ReleaseError: it cannot be fetched.
+    """
+    from pipeline.model import remote
+
+    if remote.is_s3(address) or remote.is_hub(address):
+        with remote.fetched(str(address)) as folder:
+            yield folder
+    elif (folder := Path(address)).is_dir():
+        yield folder
+    else:
+        raise ReleaseError(
+            f"{address}: no such folder; a release is a folder, s3://BUCKET/PREFIX, or ORG/NAME or ORG/NAME@REVISION "
+            "on the Hugging Face Hub"
+        )
+
+
+def from_pretrained(address: str | Path, scan: str | None = None) -> MCFMamba:
+    """Open a release, in evaluation mode and on the CPU.
+
+    Args:
+        address: as of `opened`.
         scan: scan backend; None chooses.
 
     Raises:
-        ReleaseError: a missing or damaged file, a newer format, or parameters that do not fit.
+        ReleaseError: it cannot be fetched, a missing or damaged file, a newer format, or parameters that do not fit.
     """
-    folder = Path(folder)
-    config = _read_json(folder / CONFIG)
-    model = _build(folder / CONFIG, config, scan)
-    load_parameters(model, _read_weights(folder / WEIGHTS), source=folder / WEIGHTS)
+    with opened(address) as folder:
+        config = _read_json(folder / CONFIG)
+        model = _build(folder / CONFIG, config, scan)
+        load_parameters(model, _read_weights(folder / WEIGHTS), source=folder / WEIGHTS)
     return model.eval()
 
 
-def read_contract(folder: str | Path) -> dict[str, Any]:
-    """The contract of a release folder, for `Contract.from_json`, which checks its version.
+def read_contract(address: str | Path) -> dict[str, Any]:
+    """The contract of a release, for `Contract.from_json`, which checks its version.
+
+    Raises:
+        ReleaseError: it cannot be fetched, or the file is missing or damaged.
+    """
+    with opened(address) as folder:
+        return _read_json(folder / CONTRACT)
+
+
+def read_lineage(folder: Path) -> list[Mapping[str, Any]]:
+    """The trainings behind a release, oldest first; empty where it does not say.
 
     Raises:
         ReleaseError: the file is missing or damaged.
     """
-    return _read_json(Path(folder) / CONTRACT)
+    return list(_read_json(folder / CONFIG).get("lineage", []))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pipeline.model.precision import full_precision
+
 DIRECTIONS = 4
 ScanFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -36,11 +38,13 @@ BACKENDS = {
     "torch": "pipeline.model.scan_torch",
     "reference": "pipeline.model.scan_reference",
 }
+# Chosen by name only: a program for torch.export, for finite numbers and gradients of autograd.
+NAMED = {"doubling": "pipeline.model.scan_doubling"}
 
 
 def check_name(backend: str | None) -> str | None:
     """The name itself; ValueError if it is neither None nor a backend."""
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and backend not in BACKENDS and backend not in NAMED:
         raise ValueError(f"scan backend {backend!r} does not exist; choose one of {', '.join(BACKENDS)}")
     return backend
 
@@ -90,7 +94,7 @@ def ss2d_scan(
         C: readout weights [B, H, W, K, N].
         D: skip weights [K, D].
         delta_bias: bias of the step sizes [K, D].
-        backend: a key of `BACKENDS`; None chooses.
+        backend: a key of `BACKENDS` or `NAMED`; None chooses among the first.
 
     Returns:
         y [B, H, W, D], float32, or float64 if x is float64. NaN and inf spread as the recurrence spreads
@@ -103,8 +107,8 @@ def ss2d_scan(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.is_meta:
         return torch.empty_like(x, dtype=dtype)
-    function: ScanFunction = importlib.import_module(BACKENDS[resolve(backend, x.device, dtype)]).scan
-    with torch.autocast(x.device.type, enabled=False):
+    function: ScanFunction = importlib.import_module((BACKENDS | NAMED)[resolve(backend, x.device, dtype)]).scan
+    with full_precision(x.device):
         return function(*(tensor.to(dtype) for tensor in (x, delta, A, B, C, D, delta_bias)))
 
 

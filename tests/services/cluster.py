@@ -74,6 +74,19 @@ class Cluster:
         """Sends a signal to the tasks of a job, as Slurm does USR2 before the time limit."""
         run(["scancel", f"--signal={name}", job_id], seconds=30)
 
+    def update(self, job_id: str, setting: str) -> None:
+        """Changes a job as an administrator does, such as `TimeLimit=10`."""
+        run(["scontrol", "update", f"JobId={job_id}", setting], seconds=30)
+
+    def preempt(self, job_id: str) -> str:
+        """Submits a short job of higher priority that needs all of a node of this one's; returns its id."""
+        (node, *_) = run(["scontrol", "show", "hostnames", self.facts(job_id)["NodeList"]], seconds=30).split()
+        folder = self._folders[job_id]
+        options = ["--parsable", "--partition=urgent", "--exclusive", f"--nodelist={node}", "--time=1"]
+        other = run(["sbatch", *options, f"--output={folder}/%j_0_log.out", "--wrap=sleep 1"], seconds=30).strip()
+        self._folders[other] = folder
+        return other
+
     def cancel(self, job_id: str) -> None:
         """Cancels a job; nothing happens when it has ended."""
         run(["scancel", job_id], seconds=30)

@@ -104,7 +104,7 @@ def return_node(name: str) -> None:
     """Starts a lost node again and waits until it takes jobs."""
     node = _nodes()[int(name.removeprefix("node")) - 1]
     node.start()
-    node.wait_until(lambda: _call("sinfo", "--noheader", "--nodes", name, "--format", "%T").strip() in READY, 90)
+    node.wait_until(lambda: _state(name) in READY, 90)
 
 
 def _missing_plugins() -> dict[str, str]:
@@ -147,8 +147,12 @@ def _start(daemon: Daemon, *command: str) -> None:
     daemon.wait_until(lambda: answers(command, environment()))
 
 
+def _state(node: str) -> str:
+    return _call("sinfo", "--noheader", "--partition=main", "--nodes", node, "--format", "%T").strip()
+
+
 def _ready_nodes() -> int:
-    states = _call("sinfo", "--noheader", "--Node", "--format", "%T").split()
+    states = _call("sinfo", "--noheader", "--Node", "--partition=main", "--format", "%T").split()
     return sum(state in READY for state in states)
 
 
@@ -237,8 +241,8 @@ StorageLoc=slurm
 
 # What is not obvious: cred_expire makes a requeued job start at once instead of after two minutes;
 # config_overrides lets a virtual node claim more than the machine has; linuxproc and task/none do without
-# cgroups; MinJobAge keeps ended jobs visible; associations refuses unknown accounts; AccountingStoragePass is
-# munge's socket.
+# cgroups; MinJobAge keeps ended jobs visible; associations and qos refuse unknown ones; AccountingStoragePass is
+# munge's socket; jobs in `spare` give way to those in `urgent`, nobody else does.
 SLURM_CONF = f"""\
 ClusterName=mcf
 SlurmctldHost={{host}}(127.0.0.1)
@@ -259,19 +263,25 @@ AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={SLURMDBD_PORT}
 AccountingStoragePass={{at}}/munge/socket
-AccountingStorageEnforce=associations
+AccountingStorageEnforce=associations,qos
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=defer,sched_interval=1,bf_interval=1
+SchedulerParameters=defer,sched_interval=1,bf_interval=1,batch_sched_delay=0
+SlurmctldParameters=preempt_send_user_signal
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {{interface}}MpiDefault=none
 SwitchType=switch/none
 MailProg=/bin/true
 JobRequeue=1
 ReturnToService=2
 MinJobAge=3600
-SlurmdTimeout=15
+SlurmdTimeout=8
 SlurmdParameters=config_overrides
 NodeName=DEFAULT CPUs=4 RealMemory=4096 State=UNKNOWN
 NodeName=node[1-{NODES}] NodeHostname={{host}} NodeAddr=127.0.0.1 Port=[{SLURMD_PORTS}]
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE State=UP
+PartitionName=main Default=YES PreemptMode=OFF
+PartitionName=spare PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=urgent PriorityTier=2 PreemptMode=OFF
 """

@@ -239,12 +239,14 @@ def _line(training: Record, test: Record) -> str:
     data = training["data"] if isinstance(training["data"], str) else ", ".join(training["data"] or ())
     title = " ".join(filter(None, [training["stage"] or "A training", training["role"], data and f"on {data}"]))
     title += f" by {training['protocol']}" if training["protocol"] else ""
-    keys = f"{training['same_keys']:,} of {test['samples']:,} test samples have keys of it"
+    keys = ""
+    if training["same_keys"] is not None:
+        keys = f"{training['same_keys']:,} of {test['samples']:,} test samples are in it by their keys."
     if training["unknown"]:
-        return f"{title}: unknown: {training['unknown']}." + (f" {keys}." if training["same_keys"] is not None else "")
+        return f"{title}: unknown: {training['unknown']}. {keys}".rstrip()
     lost = training["samples"] - training["located"]
     return (
         f"{title} ({training['samples']:,} samples{f', {lost:,} of them without georeference' if lost else ''}): "
         f"{training['overlapping']:,} of {test['samples']:,} test samples overlap it ({training['km2']:,} km2), "
-        f"{training['adjoining']:,} more adjoin it; {keys}."
+        f"{training['adjoining']:,} more adjoin it. {keys}"
     )

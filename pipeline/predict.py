@@ -107,7 +107,7 @@ def unfinished_parts(config: PredictConfig, count: int) -> list[int]:
 
 
 def part_of(request: Request, block: int, parts: int) -> int:
-    """The part, from 1, that makes a block of a map; the maps begin at different parts, as small ones have one block."""
+    """The part, from 1, that makes a block; maps begin at different parts, since small ones have a single block."""
     return (request.number + block) % parts + 1
 
 

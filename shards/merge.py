@@ -153,7 +153,7 @@ def _label(config: ShardsConfig) -> dict[str, Any] | None:
         return None
     table = config.label.table()
     codes = [[code for code, index in table.items() if index == number] for number in range(len(config.label.names))]
-    return {"codes": codes, "ignored": list(config.label.ignored), "min_area": config.label.min_area}
+    return {"codes": codes, "ignored": list(config.label.ignored), "min_area": float(config.label.min_area)}
 
 
 def _lost(planned: Plan, records: Sequence[ShardRecord]) -> dict[str, Any]:

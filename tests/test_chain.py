@@ -109,7 +109,7 @@ def test_all_configs_are_checked_before_anything_begins(tmp_path: Path) -> None:
 
 @pytest.mark.slurm
 @pytest.mark.s3
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_on_slurm_a_failing_stage_stops_it_and_the_same_command_goes_on(
     slurm: Cluster, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -467,8 +467,8 @@ def test_the_page_holds_every_section_and_hostile_names_stay_text(drawn: tuple[P
     text = drawn[0].read_text()
     page = Page(text)
     titles = [
-        "Warning", "Result", "Where it comes from", "Leak certificate", "Modality matrix", "Class by class", "Confusion matrix",
-        "Reliability", "Maps",
+        "Warning", "Result", "Where it comes from", "Leak certificate", "Modality matrix", "Class by class",
+        "Confusion matrix", "Reliability", "Maps",
     ]  # fmt: skip
     assert [found for found in page.texts if found in titles] == titles * 2  # contents and sections
     assert "<script" not in text and not page.all("script")

@@ -121,7 +121,10 @@ def spacenet6_tile(
     sar = 12 + 8.0 * built_up + rng.normal(0, 0.5, (4, size, size))
     sar[:, :, :4] = 0  # beyond the strip's edge
     rgbnir = 300 + 200 * built_up + rng.normal(0, 20, (4, size, size))
-    files = {"SAR-Intensity": sar.astype(np.float32), "PS-RGBNIR": rgbnir.astype(np.uint16)}
+    files: dict[str, np.ndarray[Any, Any]] = {
+        "SAR-Intensity": sar.astype(np.float32),
+        "PS-RGBNIR": rgbnir.astype(np.uint16),
+    }
     folder = root / {"Train": "train", "Test_Public": "test_public"}[split] / "AOI_11_Rotterdam"
     name = f"SN6_{split}_AOI_11_Rotterdam_{{}}_{strip}_tile_{number}"
     for kind, values in files.items():

@@ -113,7 +113,13 @@ def dataset(folder: Path, *samples: tuple[str, str, shapely.Geometry | None], fi
 
 
 def training(stage: str, data: str, **more: Any) -> dict[str, Any]:
-    known = {"where": {}, "protocol": None, "sensors": ["s1"], "fingerprint": "", "datasets": [Path(data).name]}
+    known: dict[str, Any] = {
+        "where": {},
+        "protocol": None,
+        "sensors": ["s1"],
+        "fingerprint": "",
+        "datasets": [Path(data).name],
+    }
     return {"stage": stage, "data": data, **known, **more}
 
 
@@ -193,7 +199,7 @@ def test_gaps_in_the_record(benchmark: str, tmp_path: Path) -> None:
     found = certified(benchmark, own, config={"checkpoint": "weights-of-others", "validate_every": 0})
     assert "was not recorded" in found["trainings"][0]["unknown"] and found["verdict"] == "unknown"
     # Checkpoints from before there was a lineage tell their own training by their config.
-    config = {"stage": "pretrain", "data": elsewhere, "where": {}, "sensors": ["s1"], "start": None}
+    config: dict[str, Any] = {"stage": "pretrain", "data": elsewhere, "where": {}, "sensors": ["s1"], "start": None}
     identity = select(elsewhere, modalities=["s1"]).identity
     older = Checkpoint("run", {"config": config, "fingerprint": select(elsewhere, modalities=["s1"]).fingerprint,
                                "data": identity}, State({}, {}, 0))  # fmt: skip
@@ -205,7 +211,9 @@ def test_without_georeference_only_keys_are_compared(tmp_path: Path) -> None:
     trained = training("finetune", data, where={"split": ["train"]})
     found = certified(data, [trained])
     assert found["verdict"] == "unknown" and found["trainings"][0]["unknown"] == "the test's files have no georeference"
-    assert found["trainings"][0]["same_keys"] == 0 and "0 of 2 test samples are in it by their keys" in in_words(found)[2]
+    assert (
+        found["trainings"][0]["same_keys"] == 0 and "0 of 2 test samples are in it by their keys" in in_words(found)[2]
+    )
     everything = certified(data, [training("finetune", data)])
     assert everything["verdict"] == "overlap" and everything["trainings"][0]["same_keys"] == 2
 

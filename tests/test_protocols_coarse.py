@@ -28,7 +28,7 @@ def warped(seed: int, cell: float, shear: float = 0.0, turn: float = 0.0) -> np.
     x, y = x * np.cos(turn) - y * np.sin(turn) + 9000, x * np.sin(turn) + y * np.cos(turn) + 9000
     x = x + shear * y
     cells = rng.integers(0, 8, (64, 64))
-    return cells[(y // cell).astype(int) % 64, (x // cell).astype(int) % 64].astype(np.uint8)
+    return np.asarray(cells[(y // cell).astype(int) % 64, (x // cell).astype(int) % 64], np.uint8)
 
 
 def counted(labels: list[np.ndarray[Any, Any]], metres: float = 10.0) -> tuple[int, int]:

@@ -218,6 +218,13 @@ def test_without_georeference_only_keys_are_compared(tmp_path: Path) -> None:
     assert everything["verdict"] == "overlap" and everything["trainings"][0]["same_keys"] == 2
 
 
+def test_a_test_set_of_which_a_part_is_nowhere_is_not_clean(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "mixed", ("a", "test", None), ("b", "test", square(0, 0)))
+    found = certified(data, [training("pretrain", dataset(tmp_path / "elsewhere", ("x", "", square(50, 50))))])
+    assert found["test"]["located"] == 1 and found["trainings"][0]["unknown"] is None
+    assert found["verdict"] == "unknown" and "1 have no georeference" in in_words(found)[1]
+
+
 # --- from trees ------------------------------------------------------------------------------------------------------
 
 

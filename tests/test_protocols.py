@@ -17,6 +17,7 @@ from configs import ConfigError
 from pipeline.config import ProtocolChoice
 from pipeline.protocols import described, find, known, samples
 from pipeline.protocols.dfc2020 import CITIES, CONTEST
+from pipeline.protocols.places import places_of
 from pipeline.protocols.splits import ByGroup, Eastings, Places
 from shards.build import BuildError, build
 from shards.manifest import ManifestError, Selection, select
@@ -347,6 +348,14 @@ def test_easting(msaw: str) -> None:
     # Left edges of tiles 0 to 6 lie west of 595,310 m, that of tile 7 east of it; the four samples of a tile together.
     assert {name.split("_tile_")[1] for name in patches(train)} == {*"0123456"} and len(train) == 28
     assert {name.split("_tile_")[1] for name in patches(test)} == {"7"} and len(test) == 4
+
+
+def test_a_place_is_where_its_file_is_also_when_its_first_tile_was_left_out(msaw: str) -> None:
+    everything = samples(ProtocolChoice(), msaw, "train")
+    rest = [number for number, key in enumerate(keys(everything)) if not key.endswith("-00000-00000")]
+    places, number = places_of(everything.only(np.array(rest)))
+    assert places.west.tolist() == [591_300.0 + 600 * tile for tile in range(len(STRIPS))] == sorted(places.west)
+    assert places.groups.tolist() == STRIPS and np.bincount(number).tolist() == [3] * len(STRIPS)
 
 
 def test_strips_stay_whole_and_unlabelled_tiles_are_never_chosen(msaw: str) -> None:

@@ -57,7 +57,7 @@ class Protocol:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     def hash(self, ids: Ids | None = None) -> str:
-        """sha256 of the canonical JSON of all rules, and of the lists of ids of the user where the split reads some."""
+        """sha256 of the canonical JSON of all but `sizes`, and of the user's ids where the split reads lists."""
         rules: dict[str, Any] = {**asdict(self), "split": {"rule": type(self.split).__name__, **asdict(self.split)}}
         del rules["sizes"]  # what follows from the rules, to check with
         if ids is not None:

@@ -308,9 +308,11 @@ def test_a_checkpoint_says_all_that_its_parameters_went_through(folder: Path) ->
     first = finetune(config(folder, "line-1", checkpoint=str(folder / "start"), steps=2, checkpoint_every=1))
     found = lineage(checkpoint.find(first).facts)
     nothing = dict.fromkeys(("stage", "data", "where", "protocol", "sensors", "fingerprint"))
-    fingerprint = select(str(folder / "data"), where={"split": ["train"], "labelled": [True]}).fingerprint
+    trained = select(str(folder / "data"), where={"split": ["train"], "labelled": [True]})
+    datasets = [part["dataset"] for part in trained.identity]
     own = {"stage": "finetune", "data": str(folder / "data"), "where": {"split": ["train"]}, "protocol": None}
-    assert found == [nothing, {**own, "sensors": ["s1", "dem"], "fingerprint": fingerprint}]
+    facts = {"sensors": ["s1", "dem"], "fingerprint": trained.fingerprint, "datasets": datasets}
+    assert found == [nothing, {**own, **facts}]
     shutil.rmtree(first / "checkpoints/step-000002")
     finetune(config(folder, "line-1", checkpoint=str(folder / "start"), steps=2, checkpoint_every=1))
     assert lineage(checkpoint.find(first).facts) == found  # also after a resume

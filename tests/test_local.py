@@ -155,4 +155,4 @@ def test_a_job_can_be_pickled() -> None:
 
 
 def test_the_stages_are_those_of_the_configs() -> None:
-    assert set(STAGES) == set(configs.STAGES) - {"slurm", "chain"}
+    assert set(STAGES) == set(configs.STAGES) - {"slurm", "chain", "export"}

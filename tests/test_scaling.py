@@ -29,7 +29,7 @@ TOY = Counted("toy", ((200_000, True), (50_000, False)), 10**9, 64 * 10**6, 100,
 
 @pytest.fixture(scope="module")
 def printed() -> str:
-    """By a process of its own: what tests load into this one, such as torch.export, changes how operations are counted."""
+    """By a process of its own: what other tests load, such as torch.export, changes how operations are counted."""
     code = "from benchmarks import scaling; scaling.run()"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 

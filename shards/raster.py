@@ -25,7 +25,9 @@ from shards.scene import Asset, SceneError
 from shards.store import open_store
 
 CONTAINERS = (".zarr.zip", ".h5", ".parquet", ".tar")
-CACHE = 256 << 20  # bytes of decoded blocks per process: a row of tiles across a large JPEG 2000 file stays in it
+# Bytes of decoded blocks, which is as good as none: of an answer that was cut short GDAL makes a block of zeros, and
+# another attempt would find it in its cache.
+CACHE = 512
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 REMOTE = ("s3://", "/vsicurl/")
 ATTEMPTS = 8  # at a remote file, each after GDAL's own

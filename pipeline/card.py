@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.checkpoint import Checkpoint
+from pipeline.leaks import in_words
 from pipeline.model.mcf_mamba import MCFMamba
 from pipeline.provenance import lineage
 
@@ -125,6 +126,4 @@ def _leaks(reports: Reports) -> Iterator[str]:
         if not (certificate := report.get("leaks")):
             yield f"{name}: not examined."
             continue
-        from pipeline.leaks import in_words
-
         yield f"{name}:\n\n" + "\n".join(f"- {line}" for line in in_words(certificate))

@@ -28,6 +28,7 @@ from configs import ConfigError
 from pipeline.metrics import accuracy, intersection_over_union, mean_over_classes
 from pipeline.scoring import METRICS
 from shards.order import Use, hash64
+from shards.tables import read_table
 
 SAMPLES = "samples.parquet"
 DRAWS, AT_ONCE = 2000, 50
@@ -72,7 +73,7 @@ def read_evaluation(folder: str) -> Evaluation:
         hint = f"it holds {', '.join(seeds)}; name one of them" if seeds else "write the run= of an evaluation"
         raise ConfigError(f"compare: {folder} has no {METRICS} and {SAMPLES}; {hint}")
     facts = json.loads((path / METRICS).read_text(encoding="utf-8"))
-    table = pq.read_table(path / SAMPLES, use_threads=False).combine_chunks()
+    table = read_table(path / SAMPLES).combine_chunks()
     kinds = len(facts["classes"])
     flat = table["confusion"].combine_chunks().flatten().to_numpy()
     return Evaluation(folder, facts, tuple(table["key"].to_pylist()), flat.reshape(-1, kinds, kinds))

@@ -144,10 +144,13 @@ def _numbers(counts: Counts, over: Pass, forced: list[str]) -> dict[str, Any]:
 
 
 def _origin(config: EvaluateConfig, checkpoint: Checkpoint, over: Pass) -> dict[str, Any]:
-    """Where the numbers come from."""
+    """Where the numbers come from; step, seed and training data of a release are None."""
     assert over.contract.classes is not None
     return {
-        **provenance(checkpoint),
+        "checkpoint": str(checkpoint.address),
+        "checkpoint_sha256": checkpoint.sha256,
+        **{f"checkpoint_{name}": checkpoint.facts.get(name) for name in ("step", "seed", "fingerprint")},
+        "version": code_version(),
         "classes": list(over.contract.classes.names),
         "samples": len(over.selection),
         "sensors": list(over.contract.sensors),
@@ -173,19 +176,13 @@ def fitting(checkpoint: Checkpoint, data: Contract, force: bool = False) -> tupl
     return replace(model, classes=data.classes).restrict(data.sensors), forced
 
 
-def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where a number comes from: checkpoint, its hash, its seed and the data it was trained on; None of a release."""
-    known = {f"checkpoint_{name}": checkpoint.facts.get(name) for name in ("step", "seed", "fingerprint")}
-    found = {"checkpoint": str(checkpoint.address), "checkpoint_sha256": checkpoint.sha256}
-    return {**found, **known, "version": code_version()}
-
-
 def _buildings(folder: Path, world: int, wanted: bool) -> None:
     """Put the ranks' outlines together, or away where no sample has true ones to compare them with."""
     if wanted:
         write_buildings(folder, world, BUILDINGS)
-    for rank in range(world):
-        part(folder, rank).unlink(missing_ok=True)
+    else:
+        for rank in range(world):
+            part(folder, rank).unlink(missing_ok=True)
 
 
 def confusion_csv(matrix: NDArray[np.int64], names: tuple[str, ...]) -> str:

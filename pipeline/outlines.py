@@ -15,6 +15,7 @@ from shapely.geometry import mapping, shape
 
 from shards.contract import Classes
 from shards.raster_io import is_geographic, polygons, to_lonlat
+from shards.tables import GEOPARQUET
 
 TOGETHER = 10_000  # polygons that are turned into degrees at once
 
@@ -66,11 +67,8 @@ def _write_geojson(target: Path, groups: Groups) -> int:
 
 
 def _write_parquet(target: Path, groups: Groups) -> int:
-    # No "crs" key: GeoParquet's default, OGC:CRS84.
-    kinds = {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"]}
-    geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": kinds}}
     number = 0
-    with pq.ParquetWriter(target, SCHEMA.with_metadata({"geo": json.dumps(geo)}), compression="zstd") as writer:
+    with pq.ParquetWriter(target, SCHEMA.with_metadata(GEOPARQUET), compression="zstd") as writer:
         for group in groups:
             rows = [{**facts, "geometry": polygon.wkb} for facts, polygon in group]
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))

@@ -69,7 +69,7 @@ def predict(config: PredictConfig) -> Path | str:
     ranks.init(place)
     network = Network(_source(config), config)
     part, parts = map(int, config.part.split("/"))
-    share = Share(part, parts, place.rank, place.world)
+    share = Portion(part, parts, place.rank, place.world)
     with StopRequest() as stop:
         for request in requests(config, network.source.contract):
             with opened(request) as scenes:
@@ -112,7 +112,7 @@ def part_of(request: Request, block: int, parts: int) -> int:
 
 
 @dataclass(frozen=True)
-class Share:
+class Portion:
     """What one rank makes: every `world`-th block of a part."""
 
     part: int
@@ -140,7 +140,7 @@ def _facts(request: Request, source: Checkpoint) -> dict[str, Any]:
 
 
 def _blocks(
-    products: Products, scenes: Mapping[str, OpenScene], network: Network, share: Share, stop: StopRequest
+    products: Products, scenes: Mapping[str, OpenScene], network: Network, share: Portion, stop: StopRequest
 ) -> bool:
     """Makes the blocks of this share that are not there; whether it came to its end."""
     todo = [
@@ -185,9 +185,7 @@ def _seen(plan: Plan, block: Window, scenes: Mapping[str, OpenScene], network: N
             yield windows[number], values, seen
 
 
-def _samples(
-    scenes: Mapping[str, OpenScene], grid: Grid, windows: Sequence[Window]
-) -> Iterator[tuple[Sample, int]]:  # fmt: skip
+def _samples(scenes: Mapping[str, OpenScene], grid: Grid, windows: Sequence[Window]) -> Iterator[tuple[Sample, int]]:
     """The windows with a valid pixel, and their numbers. A row of windows is read as one piece."""
     rows: dict[int, list[int]] = {}
     for number, window in enumerate(windows):

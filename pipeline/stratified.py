@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.manifest import Selection
-from shards.order import Use, hash64
+from shards.order import Use, hash64, words_of
 
 Ints = NDArray[np.int64]
 
@@ -26,17 +23,10 @@ def stratified(selection: Selection, count: int, seed: int) -> Ints:
     keys = np.array(table["key"].to_pylist())
     names = [" ".join(map(str, sorted(classes))) for classes in table["classes"].to_pylist()]
     signatures, group, sizes = np.unique(names, return_inverse=True, return_counts=True)
-    drawn = hash64(seed, Use.LIMIT, _words(keys))
+    drawn = hash64(seed, Use.LIMIT, words_of(keys))
     rows = np.lexsort((keys, drawn, group))  # one signature after the other
     rank = np.empty(len(keys), np.int64)
     rank[rows] = np.arange(len(keys)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    first = hash64(seed, Use.LIMIT, _words(signatures)) / 2.0**64
+    first = hash64(seed, Use.LIMIT, words_of(signatures)) / 2.0**64
     place = (rank + first[group]) / sizes[group]
     return np.lexsort((keys, drawn, place))[:count]
-
-
-def _words(texts: Iterable[str]) -> NDArray[np.uint64]:
-    """64 bits of each text."""
-    return np.array(
-        [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) for text in texts], np.uint64
-    )

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from shards.contract import Contract, ContractError, apart, compare
 from shards.order import Use, hash64
 from shards.store import AbsentError, Store, open_store
-from shards.tables import Table
+from shards.tables import GEOPARQUET, Table
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.parquet"
@@ -347,13 +347,7 @@ def _mask(rows: pa.RecordBatch, where: Mapping[str, Sequence[Any]]) -> NDArray[n
 
 def write_manifest(store: Store, table: pa.Table, facts: Mapping[str, Any]) -> None:
     """Put `manifest.parquet`, then `dataset.json`; the dataset exists from the second on."""
-    geo = {
-        "version": "1.1.0",
-        "primary_column": "geometry",
-        # No "crs" key: GeoParquet's default, OGC:CRS84.
-        "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"]}},
-    }
-    table = table.replace_schema_metadata({"geo": json.dumps(geo)})
+    table = table.replace_schema_metadata(GEOPARQUET)
     buffer = io.BytesIO()
     with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
         for first, last in _groups(table):

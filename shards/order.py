@@ -15,7 +15,8 @@ permutation by (seed, cycle), and so its own position follows at once. In its ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -68,6 +69,12 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def words_of(names: Iterable[str]) -> Ints:
+    """Names as words for `hash64`, int64 [N]: the first 64 bits of the sha256 of each."""
+    digests = (hashlib.sha256(name.encode()).digest()[:8] for name in names)
+    return np.array([int.from_bytes(digest, "little", signed=True) for digest in digests], np.int64)
 
 
 def permutation(count: int, *key: int) -> Ints:

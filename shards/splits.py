@@ -7,7 +7,6 @@ the split `buffer`. They stay in the dataset, and no one selects them.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from shards.config import Split
 from shards.ground import Bools, Footprints, Ints
-from shards.order import Use, hash64
+from shards.order import Use, hash64, words_of
 from shards.raster_io import transform_points
 
 BUFFER = "buffer"
@@ -110,7 +109,7 @@ def _deal(groups: NDArray[np.str_], fractions: Sequence[float], names: Sequence[
             f"{len(known)} groups for the splits {', '.join(names)}; each needs one: give split.fractions fewer "
             "splits, or split.by=block a smaller split.block_km"
         )
-    words = np.array([_word(name) for name in known.tolist()], np.int64)
+    words = words_of(known.tolist())
     target = np.asarray(fractions) * len(groups)
     best, least = np.zeros(len(known), np.int64), np.inf
     for attempt in range(ATTEMPTS):
@@ -123,10 +122,6 @@ def _deal(groups: NDArray[np.str_], fractions: Sequence[float], names: Sequence[
         if least <= CLOSE * len(groups):
             break
     return np.asarray(best[group])
-
-
-def _word(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
 
 
 def _in_order(sizes: Sequence[int], target: Sequence[float]) -> list[int]:

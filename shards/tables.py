@@ -7,13 +7,15 @@ SIGABRT (seen with Arrow 26 in one of five short commands).
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 import numpy as np
@@ -22,6 +24,11 @@ import pyarrow.parquet as pq
 
 from shards.store import FolderStore, Store, StoreError
 
+# Metadata that make a table with WKB in `geometry` GeoParquet 1.1; without a "crs", which is its default, OGC:CRS84.
+_COLUMN = {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"]}
+GEOPARQUET: Mapping[str, str] = MappingProxyType(
+    {"geo": json.dumps({"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": _COLUMN}})}
+)
 GROUPS = 128  # row groups that are kept: some 0.5 MB each in a manifest
 
 

@@ -41,6 +41,16 @@ def one_thread() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> Iterator[None]:
+    """For modules of many small runs: without their page and their list of packages, which take longer than they do."""
+    with (
+        mock.patch("pipeline.observing.reporter", lambda *_: lambda line: {}),
+        mock.patch("pipeline.run.environment", dict),
+    ):
+        yield
+
+
 def make_sample(number: int, size: int = 32, labelled: bool = True) -> Sample:
     """Three covers in stripes: s1 tells them apart, the DEM only the third; one corner invalid, one unlabelled."""
     rng = np.random.default_rng(number)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ from pipeline.model.config import Profile
 from shards.contract import Contract, ContractError, Modality
 from shards.sensors import SENSORS
 from shards.store import open_store
-from tests.small_dataset import CONTRACT, one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import CONTRACT, one_thread, quiet, write_dataset  # noqa: F401
 from tests.test_finetune import config
 
 SMALL: dict[str, Any] = {"dims": (8, 16), "depths": (1, 1), "d_state": 2}
@@ -193,16 +191,6 @@ def test_numbers_are_normalised_as_the_source_was() -> None:
     assert change.contract.modality("s1") == ranged.modality("s1")
     change = adapted(contract("s2-l2a", "s1").normalised("statistics"), contract("rgbnir", "s1"))
     assert change.contract.modality("rgbnir").offset == (0.0, 1.0, 2.0, 3.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    """Runs without their page and their list of packages, which take longer than they do."""
-    with (
-        mock.patch("pipeline.observing.reporter", lambda *_: lambda line: {}),
-        mock.patch("pipeline.run.environment", dict),
-    ):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import types
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +17,7 @@ from pipeline.checkpoint import CheckpointError
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.finetune import finetune
+from pipeline.leaks import in_words
 from pipeline.model.mcf_mamba import MCFMamba
 from pipeline.model.release import ReleaseError, read_contract
 from pipeline.pretrain import pretrain
@@ -84,21 +83,17 @@ def test_a_release_scores_like_its_run_and_can_be_finetuned(folder: Path) -> Non
     assert found[:1] == first and [each["stage"] for each in found] == ["finetune", "finetune"]
 
 
-def test_protocol_leaks_and_what_was_forced_stand_on_the_card(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_protocol_leaks_and_what_was_forced_stand_on_the_card(folder: Path, tmp_path: Path) -> None:
     report = json.loads((folder / "test-places" / "metrics.json").read_text())
     protocol = {"name": "dfc2020/paper-random", "version": 2, "hash": "0123456789abcdef"}
-    report |= {"protocol": protocol, "leaks": {"any": "certificate"}, "forced": ["s1.unit: dB against power"]}
+    report |= {"protocol": protocol, "forced": ["s1.unit: dB against power"]}
     (tmp_path / "named").mkdir()
     (tmp_path / "named" / "metrics.json").write_text(json.dumps(report))
-    words = types.SimpleNamespace(in_words=lambda found: [f"certificate of {sorted(found)}"])
-    monkeypatch.setitem(sys.modules, "pipeline.leaks", words)
-    monkeypatch.setattr("pipeline.leaks", words, raising=False)
     out = release(folder, "run", "named", evaluations=[str(tmp_path / "named")])
     text = (out / "README.md").read_text()
     assert "| named | dfc2020/paper-random, version 2, `0123456789ab` | 4 |" in text
-    assert "- certificate of ['any']" in text and "named was forced in spite of: s1.unit: dB against power." in text
+    assert all(f"- {line}" in text for line in in_words(report["leaks"])) and len(in_words(report["leaks"])) > 2
+    assert "named was forced in spite of: s1.unit: dB against power." in text
     assert json.loads((out / "eval" / "named.json").read_text()) == report
 
 

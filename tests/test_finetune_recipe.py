@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,22 +36,12 @@ from pipeline.signals import Stopped
 from pipeline.stratified import stratified
 from shards.manifest import Selection, select
 from shards.store import open_store
-from tests.small_dataset import CLASSES, CONTRACT, one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import CLASSES, CONTRACT, one_thread, quiet, write_dataset  # noqa: F401
 from tests.test_finetune import config as finetuning
 
 
 def config(folder: Path, run: str, **changes: Any) -> Any:
     return finetuning(folder, run, **{"track": [], **changes})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    """Runs without their page and their list of packages, which take longer than they do."""
-    with (
-        mock.patch("pipeline.observing.reporter", lambda *_: lambda line: {}),
-        mock.patch("pipeline.run.environment", dict),
-    ):
-        yield
 
 
 @pytest.fixture(scope="module")

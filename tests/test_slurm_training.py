@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from launchers import local
 from launchers.config import SlurmConfig
+from launchers.job import Job
 from launchers.slurm import SlurmError, submit
 from pipeline import checkpoint, log
 from pipeline.holding import RunHeld
@@ -78,6 +80,20 @@ def test_whatever_slurm_does_to_a_run_changes_no_number(
     assert [line["step"] for line in there] == list(range(1, STEPS + 1))
     assert [line["digest"] for line in there] == [line["digest"] for line in here]
     assert [line["loss"] for line in there] == pytest.approx([line["loss"] for line in here], rel=1e-6)
+
+
+@pytest.mark.slurm
+def test_two_nodes_of_two_tasks_have_the_losses_of_four_local_processes(slurm: Cluster, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data")
+    there, here = (config(tmp_path, name, **{**HOW, "steps": 4}) for name in ("there", "here"))
+    wanted = SlurmConfig(nodes=2, tasks_per_node=2, time_min=10)
+    job_id = slurm.submit(Job(there), wanted, tmp_path / "there/logs")
+    slurm.wait(job_id, "COMPLETED", 240)
+    assert local.run(here, 4, tmp_path / "here/logs") == 0
+    found, expected = (log.read(tmp_path / name) for name in ("there", "here"))
+    assert [line["digest"] for line in found] == [line["digest"] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
+    assert len(found) == 4
 
 
 def _soon_over(slurm: Cluster, job_id: str) -> None:

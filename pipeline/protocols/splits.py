@@ -6,7 +6,6 @@ role. What it draws is keyed by (seed, name), so that the order of a manifest do
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs import ConfigError
-from shards.order import Use, hash64
+from shards.order import Use, hash64, words_of
 
 Role = Literal["train", "val", "test"]
 ROLES: tuple[Role, ...] = ("train", "val", "test")
@@ -172,6 +171,4 @@ def first(names: Names, pool: Bools, share: float, seed: int) -> Bools:
 
 def draw(names: Names, seed: int) -> NDArray[np.uint64]:
     """A number of 64 bits for each name, by (seed, name)."""
-    digests = (hashlib.sha256(name.encode()).digest()[:8] for name in names.tolist())
-    words = np.array([int.from_bytes(digest, "little", signed=True) for digest in digests], np.int64)
-    return hash64(seed, Use.SPLIT, words)
+    return hash64(seed, Use.SPLIT, words_of(names.tolist()))

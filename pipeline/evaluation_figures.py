@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from pipeline.figures import physical, shortened
-from shards.contract import Classes, Contract
+from pipeline.figures import legend, physical, shortened
+from shards.contract import Contract
 from shards.pictures import Picture, coloured, picture, plain, png
 
 RIGHT, WRONG, UNLABELLED = (0.85, 0.9, 0.95), (0.8, 0.1, 0.1), (0.6, 0.6, 0.6)
@@ -44,7 +43,7 @@ def maps(contract: Contract, samples: Sequence[Shown]) -> bytes:
     One picture of all: an axis for each would take ten times as long.
     """
     assert contract.classes is not None
-    columns, patches = [*contract.sensors, "label", "prediction", "errors"], legend(contract.classes)
+    columns, patches = [*contract.sensors, "label", "prediction", "errors"], legend(contract.classes, OUTCOMES)
     lines = -(-len(patches) // len(columns))
     figure = Figure(figsize=(2.1 * len(columns) + 0.4, 2.1 * len(samples) + 0.6 + 0.25 * lines), layout="constrained")
     axes = figure.subplots()
@@ -66,15 +65,6 @@ def _cell(image: Picture) -> Picture:
     places = [np.arange(SIDE - GAP) * size // (SIDE - GAP) for size in image.shape[:2]]
     cell[: SIDE - GAP, : SIDE - GAP] = image[np.ix_(*places)]
     return cell
-
-
-def legend(classes: Classes) -> list[Patch]:
-    """A patch for each class and each outcome."""
-    colours = {
-        name: (red / 255, green / 255, blue / 255)
-        for name, (red, green, blue) in zip(classes.names, classes.palette, strict=True)
-    }
-    return [Patch(color=colour, label=plain(shortened(name))) for name, colour in {**colours, **OUTCOMES}.items()]
 
 
 def _images(contract: Contract, sample: Shown) -> list[Picture]:

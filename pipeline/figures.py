@@ -284,17 +284,22 @@ def maps(images: Mapping[str, NDArray[Any]], classes: Classes) -> bytes:
         images: title -> class numbers [H, W], or a colour picture [H, W, 3].
         classes: names and colours; pixels that are no class are grey.
     """
-    figure = Figure(figsize=(4.2 * len(images), 5), layout="constrained")
+    width, patches = 4.2 * len(images), legend(classes)
+    entry = 0.8 + 0.09 * max(len(str(patch.get_label())) for patch in patches)  # inches, of the widest
+    columns = max(1, min(len(patches), int(width / entry)))
+    figure = Figure(figsize=(width, 4.6 + 0.25 * -(-len(patches) // columns)), layout="constrained")
     for axes, (title, image) in zip(figure.subplots(1, len(images), squeeze=False)[0], images.items(), strict=True):
         step = -(-max(image.shape[:2]) // LARGEST)
         thin = image[::step, ::step]
         _show(axes, thin if image.ndim == 3 else coloured(thin, classes), title)
-    patches = [
-        Patch(color=(colour[0] / 255, colour[1] / 255, colour[2] / 255), label=plain(name))
-        for name, colour in zip(classes.names, classes.palette, strict=True)
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(8, len(patches)), frameon=False)
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False)
     return png(figure)
+
+
+def legend(classes: Classes, more: Mapping[str, Sequence[float]] | None = None) -> list[Patch]:
+    """A patch for each class, and for whatever else has a colour (red, green, blue, 0 to 1)."""
+    colours = dict(zip(classes.names, (np.array(classes.palette) / 255).tolist(), strict=True))
+    return [Patch(color=colour, label=plain(shortened(name))) for name, colour in {**colours, **(more or {})}.items()]
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -150,9 +150,10 @@ def test_outlines_cover_the_pixels_of_their_classes(folder: Path, mapped: Path) 
 
 
 def test_the_quick_look_shows_the_map_with_its_legend(mapped: Path) -> None:
-    picture = np.asarray(Image.open(mapped.with_suffix(".png")).convert("RGB")).reshape(-1, 3)
-    colours = {tuple(colour) for colour in np.unique(picture, axis=0)}
-    assert {(0, 0, 200), (0, 200, 0), (200, 0, 0)} <= colours
+    picture = np.asarray(Image.open(mapped.with_suffix(".png")).convert("RGB"))
+    for part in (picture[: len(picture) // 2], picture[-len(picture) // 10 :]):
+        colours = {tuple(colour) for colour in np.unique(part.reshape(-1, 3), axis=0)}
+        assert {(0, 0, 200), (0, 200, 0), (200, 0, 0)} <= colours
 
 
 def test_nothing_is_said_where_no_modality_is_valid(folder: Path) -> None:

@@ -230,6 +230,14 @@ def test_large_maps_are_thinned_out() -> None:
     assert max(decode(figures.maps({"label": label}, CLASSES)).shape) < 1000
 
 
+def test_the_legend_of_a_single_map_has_all_classes() -> None:
+    names = tuple(f"class number {number}" for number in range(8))
+    classes = Classes(names=names, palette=tuple((30 * number, 255 - 30 * number, 77) for number in range(8)))
+    image = decode(figures.maps({"label": np.full((40, 40), 255)}, classes))
+    found = {tuple(colour) for colour in np.unique((255 * image[..., :3]).round().astype(int).reshape(-1, 3), axis=0)}
+    assert set(classes.palette) <= found
+
+
 # The browser: Chromium, without a driver. A copy of the page gets a script that writes what the browser
 # found into the page itself, and Chromium prints the page; the original is opened as it is, for its console
 # and a screenshot.

@@ -100,8 +100,12 @@ def _side_by_side(pool: ProcessPoolExecutor, function: Callable[..., object], jo
 
 def pretrained(out: Path, masks: str) -> Path:
     """Run folder of a pretraining with these masks; the stage passes over a finished one."""
-    run = f"run={out / 'evidence' / f'pretrain-{masks}'}"
+    run = f"run={_pretrain_run(out, masks)}"
     return pretrain(configs.load("demo-pretrain", [run, f"data={out / 'data'}", f"cmss.strategy={masks}"]))
+
+
+def _pretrain_run(out: Path, masks: str) -> Path:
+    return out / "evidence" / f"pretrain-{masks}"
 
 
 def result(out: Path, name: str, fraction: float, seed: int, steps: int | None) -> dict[str, Any]:
@@ -120,7 +124,7 @@ def _config(out: Path, name: str, fraction: float, seed: int, further: list[str]
     overrides = [
         *further,
         f"data={out / 'data'}",
-        f"checkpoint={pretrained(out, arm.masks) if arm.masks else 'null'}",
+        f"checkpoint={_pretrain_run(out, arm.masks) if arm.masks else 'null'}",
         f"sensors=[{','.join(arm.sensors)}]",
         f"fraction={fraction}",
         "limit=null",

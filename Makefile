@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check suite services stop-services bench clean
+.PHONY: demo test check suite services stop-services bench bench-gpu docs clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/mcf demo
@@ -16,10 +16,10 @@ check: $(VENV)/.test
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
-# The tests, by two processes; those that need a real Slurm or S3 server run if `make services` was called before, and are
-# listed if not.
+# The tests, by three processes, one of which mostly waits for Slurm; those that need a real Slurm or S3 server run if
+# `make services` was called before, and are listed if not.
 suite: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 3 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 # Root on Debian: installs and starts the real Slurm and S3 server of the tests.
 services: $(VENV)/.test
@@ -30,6 +30,14 @@ stop-services: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(VENV)/bin/python -m benchmarks
+
+# On a machine with a CUDA GPU.
+bench-gpu: $(VENV)/.test
+	$(VENV)/bin/python -m benchmarks compiled gpu
+
+# The documentation as a site, in site/; a link that leads nowhere fails.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -44,4 +52,4 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site

@@ -2,7 +2,7 @@
 
 Only by name: `corrections` and `evidence`, studies of accuracy that train for an hour or two; `predicting`,
 which takes half an hour and 2 GB of a disk; `uploading` and `reading_s3`, which need the S3 server of the tests
-(`make services`).
+(`make services`); `gpu`, which needs a CUDA GPU (`make bench-gpu`), and `compiled`, which needs Triton.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAMES = (
     "tiling",
     "training",
 )
-ONLY_BY_NAME = ("corrections", "evidence", "predicting", "reading_s3", "uploading")
+ONLY_BY_NAME = ("compiled", "corrections", "evidence", "gpu", "predicting", "reading_s3", "uploading")
 
 
 def main() -> None:

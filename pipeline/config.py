@@ -144,7 +144,7 @@ class EngineConfig:
     recompute: bool = Field(
         default=False, description="activation checkpointing: less memory for about a third more computation"
     )
-    scan: Literal["reference", "torch", "cpp"] | None = Field(
+    scan: Literal["reference", "torch", "cpp", "mamba_ssm", "triton"] | None = Field(
         default=None, description="backend of the selective scan; null = the fastest that works here"
     )
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="further DeepSpeed JSON keys, as they are")

@@ -17,16 +17,15 @@ from pipeline.model.encoder import PatchMerging
 from pipeline.model.fusion import Fusion
 from pipeline.model.mcf_mamba import MCFMamba
 from pipeline.model.names import from_mcf_mamba
-from pipeline.model.scan import BACKENDS
 from pipeline.model.ss2d import VSSBlock
 from tests.golden import FOLDER, MODELS, Golden, part
-from tests.scan_backends import working
+from tests.scan_backends import ON_CPU, working
 
 # The plain loop only on the smallest model: it takes seconds a model, and the tests of the scan cover the rest.
 RUNS = [
     pytest.param(name, *scan.values, marks=scan.marks, id=f"{name}-{scan.values[0]}")
     for name in MODELS
-    for scan in working(list(BACKENDS))
+    for scan in working(ON_CPU)
     if scan.values != ("reference",) or name == MODELS[0]
 ]
 
@@ -154,7 +153,7 @@ def run_unit(name: str, module: nn.Module, inputs: list[Tensor]) -> Tensor:
     return out.permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("scan", working(list(BACKENDS)))
+@pytest.mark.parametrize("scan", working(ON_CPU))
 @pytest.mark.parametrize("name", UNITS)
 def test_unit(name: str, scan: str) -> None:
     g = golden("units")

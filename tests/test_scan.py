@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.model.scan import BACKENDS, resolve, ss2d_scan
+from pipeline.model import scan_mamba_ssm, scan_triton
+from pipeline.model.scan import available, resolve, ss2d_scan
 from tests.golden import Golden
-from tests.scan_backends import working
+from tests.scan_backends import GPU, ON_CPU, device, working
 
 NAMES = ("x", "delta", "A", "B", "C", "D", "delta_bias")
-FAST = working([name for name in BACKENDS if name != "reference"])
+FAST = working([name for name in ON_CPU if name != "reference"] + [name for name in GPU if available(name)])
 backends = pytest.mark.parametrize("backend", FAST)
 
 
@@ -43,12 +44,17 @@ def make(batch: int, height: int, width: int, channels: int, states: int = 16, s
 
 def run(inputs: list[Tensor], backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """y and all gradients for a fixed random cotangent, float64."""
-    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+    leaves = [tensor.detach().to(device(backend), dtype).requires_grad_() for tensor in inputs]
     y = ss2d_scan(*leaves, backend=backend)
-    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))
-    return {"y": y.detach().double()} | {
-        name: leaf.grad.double() for name, leaf in zip(NAMES, leaves, strict=True) if leaf.grad is not None
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y))
+    return {"y": y.detach().cpu().double()} | {
+        name: leaf.grad.cpu().double() for name, leaf in zip(NAMES, leaves, strict=True) if leaf.grad is not None
     }
+
+
+def tolerances(backend: str) -> dict[str, float]:
+    """Relative errors against float64; the exponential of a GPU is good to two units in the last place."""
+    return {"y": 2e-6, "gradients": 5e-6} if backend in GPU else {"y": 5e-7, "gradients": 1e-6}
 
 
 def compare(mine: dict[str, Tensor], truth: dict[str, Tensor], y: float, gradients: float) -> None:
@@ -99,7 +105,7 @@ def test_gradcheck_in_float64(backend: str) -> None:
 )
 def test_any_size(backend: str, batch: int, height: int, width: int, channels: int, states: int, seed: int) -> None:
     inputs = make(batch, height, width, channels, states, seed)
-    compare(run(inputs, backend, torch.float32), run(inputs, "reference", torch.float64), y=5e-7, gradients=1e-6)
+    compare(run(inputs, backend, torch.float32), run(inputs, "reference", torch.float64), **tolerances(backend))
 
 
 @backends
@@ -107,7 +113,7 @@ def test_any_size(backend: str, batch: int, height: int, width: int, channels: i
 def test_long_sequences(backend: str, shape: tuple[int, int, int, int]) -> None:
     """Errors must not grow along the sequence: up to L = 4096, and in parts of the batch or of the directions."""
     inputs = make(*shape)
-    compare(run(inputs, backend, torch.float32), run(inputs, "reference", torch.float64), y=5e-7, gradients=1e-6)
+    compare(run(inputs, backend, torch.float32), run(inputs, "reference", torch.float64), **tolerances(backend))
 
 
 def test_float64() -> None:
@@ -117,7 +123,7 @@ def test_float64() -> None:
 
 @backends
 def test_strides_do_not_matter(backend: str) -> None:
-    inputs = [tensor.float() for tensor in make(2, 4, 5, 6)]
+    inputs = [tensor.to(device(backend), torch.float32) for tensor in make(2, 4, 5, 6)]
     strided = [tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in inputs]
     strided[0] = torch.cat([inputs[0], inputs[0]], -1)[..., :6]
     assert not strided[0].is_contiguous()
@@ -152,7 +158,8 @@ def test_extreme_steps(backend: str) -> None:
     inputs[1][:, ::2] = 60.0
     inputs[1][:, 1::2] = -60.0
     # exp(-60) in float32 is only as exact as its argument: 60 * 2^-24
-    compare(run(inputs, backend, torch.float32), run(inputs, "reference", torch.float64), y=5e-7, gradients=2e-5)
+    allowed = tolerances(backend) | {"gradients": 2e-5}
+    compare(run(inputs, backend, torch.float32), run(inputs, "reference", torch.float64), **allowed)
 
 
 @backends
@@ -162,17 +169,17 @@ def test_half_inputs_and_autocast_keep_the_state_in_float32(backend: str, dtype:
     data = {0, 1, 3, 4}  # x, delta, B, C come in half precision, A, D and the bias never do
     rounded = [t.to(dtype).double() if i in data else t for i, t in enumerate(inputs)]
     halves = [t.to(dtype) if i in data else t.float() for i, t in enumerate(rounded)]
-    with torch.autocast("cpu", torch.bfloat16):
-        y = ss2d_scan(*halves, backend=backend)
+    with torch.autocast(device(backend).type, torch.bfloat16):
+        y = ss2d_scan(*(tensor.to(device(backend)) for tensor in halves), backend=backend)
     assert y.dtype == torch.float32
     truth = ss2d_scan(*rounded, backend="reference")
-    assert float((y - truth).abs().max() / truth.abs().max()) <= 5e-7
+    assert float((y.cpu() - truth).abs().max() / truth.abs().max()) <= tolerances(backend)["y"]
 
 
 @backends
 def test_gradients_reach_half_inputs_under_autocast(backend: str) -> None:
-    leaves = [tensor.bfloat16().requires_grad_() for tensor in make(1, 3, 3, 2)]
-    with torch.autocast("cpu", torch.bfloat16):
+    leaves = [tensor.to(device(backend), torch.bfloat16).requires_grad_() for tensor in make(1, 3, 3, 2)]
+    with torch.autocast(device(backend).type, torch.bfloat16):
         ss2d_scan(*leaves, backend=backend).sum().backward()
     assert all(leaf.grad is not None and leaf.grad.dtype == torch.bfloat16 for leaf in leaves)
 
@@ -203,7 +210,7 @@ def test_golden_scan(backend: str, unit: str, directions: list[int]) -> None:
         name: g[f"{unit}/{name}"].unflatten(0, (count, -1))[directions]
         for name in ("scan_A", "scan_D", "scan_delta_bias")
     }
-    y = ss2d_scan(
+    tensors = (
         x[..., 0, :],
         pixels("scan_delta"),
         parameters["scan_A"],
@@ -211,8 +218,8 @@ def test_golden_scan(backend: str, unit: str, directions: list[int]) -> None:
         pixels("scan_C"),
         parameters["scan_D"],
         parameters["scan_delta_bias"],
-        backend=backend,
     )
+    y = ss2d_scan(*(tensor.to(device(backend)) for tensor in tensors), backend=backend).cpu()
     g.check("scan_out", y, 2e-5, pixels("scan_out").sum(3))
 
 
@@ -226,12 +233,19 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 
 
 def test_unknown_backend_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="'cuda' does not exist; choose one of cpp, torch, reference"):
+    with pytest.raises(
+        ValueError, match="'cuda' does not exist; choose one of triton, mamba_ssm, cpp, torch, reference"
+    ):
         resolve("cuda")
 
 
-def test_the_choice_follows_device_and_dtype() -> None:
+def test_the_choice_follows_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(None) in ("cpp", "torch")
     assert resolve(None, torch.device("cpu"), torch.float64) == "torch"
-    assert resolve(None, torch.device("cuda")) == "torch"
     assert resolve("reference", torch.device("cuda")) == "reference", "a name is taken at its word"
+    for triton, mamba_ssm, chosen in ((True, True, "triton"), (False, True, "mamba_ssm"), (False, False, "torch")):
+        monkeypatch.setattr(scan_triton, "available", lambda there=triton: there)
+        monkeypatch.setattr(scan_mamba_ssm, "available", lambda there=mamba_ssm: there)
+        assert resolve(None, torch.device("cuda")) == chosen
+        assert resolve(None, torch.device("cuda"), torch.float64) == "torch"
+        assert resolve(None) in ("cpp", "torch")

@@ -13,7 +13,7 @@ import torch
 from pipeline.model import scan_cpp
 from pipeline.model.config import ModelConfig
 from pipeline.model.mcf_mamba import MCFMamba
-from pipeline.model.scan import available, resolve, ss2d_scan
+from pipeline.model.scan import available, in_pixel_order, resolve, ss2d_scan
 from tests.test_scan import compare, make, run
 
 compiled = pytest.mark.skipif(not available("cpp"), reason="no C++ compiler here")
@@ -114,11 +114,11 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 def test_layouts_that_the_network_makes_are_read_in_place() -> None:
     """Slices of one projection and the product of a batched matrix multiplication need no copy; others get one."""
     parts = torch.randn(2, 3, 4, 4, 7)
-    assert scan_cpp._pixels(parts[..., 2:5]).data_ptr() == parts[..., 2:5].data_ptr()
+    assert in_pixel_order(parts[..., 2:5]).data_ptr() == parts[..., 2:5].data_ptr()
     product = torch.einsum("bhwkr,kdr->bhwkd", parts[..., :2], torch.randn(4, 6, 2))
-    assert scan_cpp._pixels(product).data_ptr() == product.data_ptr()
+    assert in_pixel_order(product).data_ptr() == product.data_ptr()
     turned = parts.transpose(1, 2)
-    assert scan_cpp._pixels(turned).is_contiguous() and torch.equal(scan_cpp._pixels(turned), turned)
+    assert in_pixel_order(turned).is_contiguous() and torch.equal(in_pixel_order(turned), turned)
 
 
 @compiled

@@ -32,8 +32,11 @@ DIRECTIONS = 4
 ScanFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # Module of each backend, the fastest first. It holds `scan(x, delta, A, B, C, D, delta_bias)` and, if it has
-# conditions, `available()` on this machine and `supports(device, dtype)`.
+# conditions, `available()` on this machine and `supports(device, dtype)`. One with HALVES reads float16 and bfloat16
+# as they are; the others are given float32 (or float64).
 BACKENDS = {
+    "triton": "pipeline.model.scan_triton",
+    "mamba_ssm": "pipeline.model.scan_mamba_ssm",
     "cpp": "pipeline.model.scan_cpp",
     "torch": "pipeline.model.scan_torch",
     "reference": "pipeline.model.scan_reference",
@@ -107,9 +110,21 @@ def ss2d_scan(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.is_meta:
         return torch.empty_like(x, dtype=dtype)
-    function: ScanFunction = importlib.import_module((BACKENDS | NAMED)[resolve(backend, x.device, dtype)]).scan
+    module = importlib.import_module((BACKENDS | NAMED)[resolve(backend, x.device, dtype)])
+    function: ScanFunction = module.scan
+    tensors = (x, delta, A, B, C, D, delta_bias)
     with full_precision(x.device):
-        return function(*(tensor.to(dtype) for tensor in (x, delta, A, B, C, D, delta_bias)))
+        return function(*(tensors if hasattr(module, "HALVES") else (tensor.to(dtype) for tensor in tensors)))
+
+
+def in_pixel_order(tensor: Tensor) -> Tensor:
+    """For kernels that walk by strides of sample, pixel and direction, with dense features.
+
+    The tensor [B, H, W, K, F] itself if one stride walks over its pixels and its features are dense, else a copy.
+    """
+    dense = tensor.stride(4) == 1 or tensor.shape[4] == 1
+    single = tensor.stride(1) == tensor.stride(2) * tensor.shape[2] or tensor.shape[1] == 1
+    return tensor if dense and single else tensor.contiguous()
 
 
 def _check_shapes(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor) -> None:

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.model.scan import in_pixel_order
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 HEADER = SOURCE.with_name("scan_simd.h")
 COMPILERS = ("c++", "g++", "clang++")
@@ -82,7 +84,7 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
         x, delta, A, B, C, D, delta_bias = tensors
         power = A.transpose(1, 2).mul(math.log2(math.e)).contiguous()  # [K, N, D]
-        inputs = (x.contiguous(), *map(_pixels, (delta, B, C)), power, D.contiguous(), delta_bias.contiguous())
+        inputs = (x.contiguous(), *map(in_pixel_order, (delta, B, C)), power, D.contiguous(), delta_bias.contiguous())
         problem = _problem(*inputs)
         y = torch.empty_like(inputs[0])
         kept = x.new_empty(_compiled().scan_kept(ctypes.byref(problem)))
@@ -108,13 +110,6 @@ class _Scan(torch.autograd.Function):
         problem.ddelta_at = _strides(ddelta)
         _compiled().scan_backward(ctypes.byref(problem))
         return dx, ddelta, dA.sum(0).transpose(1, 2), dB.sum(0), dC.sum(0), dskip.sum(0), dbias.sum(0)
-
-
-def _pixels(tensor: Tensor) -> Tensor:
-    """The tensor [B, H, W, K, F] itself if one stride walks over its pixels and features are dense; else a copy."""
-    dense = tensor.stride(4) == 1 or tensor.shape[4] == 1
-    single = tensor.stride(1) == tensor.stride(2) * tensor.shape[2] or tensor.shape[1] == 1
-    return tensor if dense and single else tensor.contiguous()
 
 
 def _strides(tensor: Tensor) -> _Strides:

@@ -143,7 +143,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ConfigError(f"{path}: {value!r} is not a YAML value") from None
+        both = f"where it is text, a shell needs both quotes: \"{path}='{value}'\""
+        raise ConfigError(f"{path}: {value!r} is not a YAML value; {both}") from None
 
 
 def _explain(cls: type[Any], item: Any) -> str:
@@ -159,7 +160,9 @@ def _explain(cls: type[Any], item: Any) -> str:
         return f"{path}: missing; give it in the file or as {path}=VALUE"
     if item["type"] == "value_error":  # our own checks already say what was given
         return f"{path}: {item['ctx']['error']}"
-    return f"{path}: {item['input']!r} given; {item['msg'][0].lower()}{item['msg'][1:]}"
+    empty = item["type"] == "string_type" and item["input"] is None
+    hint = f"; for an empty text a shell needs both quotes: \"{path}=''\"" if empty else ""
+    return f"{path}: {item['input']!r} given; {item['msg'][0].lower()}{item['msg'][1:]}{hint}"
 
 
 def _names_at(cls: Any, path: Sequence[str]) -> list[str]:

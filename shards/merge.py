@@ -178,7 +178,10 @@ def _check_rows(config: ShardsConfig, rows: pa.Table, facts: Mapping[str, Any]) 
         raise BuildError(f"{config.out}: no tile survived; left out: {facts['left_out']}")
     if pc.count_distinct(rows["key"]).as_py() < rows.num_rows:
         twice = [item["values"] for item in pc.value_counts(rows["key"]).to_pylist() if item["counts"] > 1]
-        raise BuildError(f"{config.out}: {len(twice)} keys are in another build of this dataset too: {twice[:5]}")
+        raise BuildError(
+            f"{config.out}: {len(twice)} keys are in another build of this dataset too: {twice[:5]}. Give these places "
+            f"other names or leave them out, and remove {config.out}/{config.name}-*"
+        )
 
 
 def dataset_facts(

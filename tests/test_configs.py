@@ -36,6 +36,8 @@ def test_dump_can_be_loaded_again(tmp_path: Path) -> None:
         ("part=3/2", ["part 3/2"]),
         ("tile.stride=999", ["tile.stride 999"]),
         ("tile", ["write key.path=value"]),
+        ("archive.pattern={place}/{sensor}.tif", ["not a YAML value", "archive.pattern='{place}/{sensor}.tif'"]),
+        ("archive.licence=", ["archive.licence: None given", "archive.licence=''"]),
         ("out.x=1", ["out is 'demo/data', not a group"]),
     ],
 )

@@ -112,6 +112,27 @@ def _over_channels(values):
 
 
 @triton.jit
+def _note(
+    x, delta, B, notes, h, rates, shift, has_n, has_d, first, walk, states, T: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
+    """Walk over a section from step `first` with the states h, and note the states in front of its M chunks."""
+    k, height, width, delta_p, B_p, channels = walk
+    pixel = _pixel(first, k, height, width)
+    for step in range((M - 1) * T):
+        if step % T == 0:
+            tl.store(notes + step // T * states, h, mask=has_n & has_d)
+        inside = first + step < height * width
+        u = tl.load(x + pixel * channels, mask=has_d & inside, other=0.0).to(tl.float32)
+        z = tl.load(delta + pixel * delta_p, mask=has_d & inside, other=0.0).to(tl.float32) + shift
+        b_l = tl.load(B + pixel * B_p, mask=has_n & inside, other=0.0).to(tl.float32)
+        dt = tl.where(has_d & inside, _softplus(z), 0.0)
+        h = tl.exp2(dt * rates) * h + (dt * u) * b_l
+        pixel = _after(pixel, k, height, width)
+    tl.store(notes + (M - 1) * states, h, mask=has_n & has_d)
+    tl.debug_barrier()  # what one lane has written another may read
+
+
+@triton.jit
 def backward(
     x, delta, power, B, C, skip, bias, kept, notes, dy, dx, ddelta, dA, dB, dC, dskip, dbias,
     height, width, channels, sections, delta_b, delta_p, delta_k, B_b, B_p, B_k, C_b, C_p, C_k,
@@ -127,21 +148,18 @@ def backward(
     dC = sum_D dy h, dB = sum_D dt x g, dx = dt sum_N g B + D dy, ddt = x sum_N g B + sum_N w A, dA = sum_L w dt.
     """
     k, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    samples = tl.num_programs(2)
     lane_n, lane_d = tl.arange(0, NL)[:, None, None, None], tl.arange(0, DL)[None, None, None, :]
     lanes = tl.zeros([NL, 1, 1, DL], tl.int32)
     n = lane_n * NV + tl.arange(0, NV)[None, :, None, None] + lanes  # [NL, NV, 1, DL]
     d = (tl.program_id(0) * DL + lane_d) * DV + tl.arange(0, DV)[None, None, :, None] + lanes  # [NL, 1, DV, DL]
     has_d, has_n = d < channels, n < N
     by_channel, by_state = has_d & (lane_n == 0), has_n & (lane_d == 0)  # one lane of those that hold the same
-    length = height * width
+    length, states = height * width, N * channels
     x, dy, delta = x + b * length * channels + d, dy + b * length * channels + d, delta + b * delta_b + k * delta_k + d
     B, C = B + b * B_b + k * B_k + n, C + b * C_b + k * C_k + n
-    dx += (k * samples + b) * length * channels + d
-    ddelta += (b * length * 4 + k) * channels + d
-    dB += ((tl.program_id(0) * samples + b) * length * 4 + k) * N + n
-    dC += ((tl.program_id(0) * samples + b) * length * 4 + k) * N + n
-    states = N * channels
+    dx, ddelta = dx + (k * tl.num_programs(2) + b) * length * channels + d, ddelta + (b * length * 4 + k) * channels + d
+    own = ((tl.program_id(0) * tl.num_programs(2) + b) * length * 4 + k) * N + n
+    dB, dC = dB + own, dC + own
     kept += (b * 4 + k) * sections * states + n * channels + d
     notes += (b * 4 + k) * M * states + n * channels + d
     rates = tl.load(power + (k * N + n) * channels + d, mask=has_n & has_d, other=0.0)
@@ -149,25 +167,13 @@ def backward(
     shift = tl.load(bias + k * channels + d, mask=has_d, other=0.0)
     carry = tl.zeros([NL, NV, DV, DL], tl.float32)  # a_l g_l of the step that was done last
     sum_A = tl.zeros([NL, NV, DV, DL], tl.float32)
-    sum_skip = tl.zeros([NL, 1, DV, DL], tl.float32)
-    sum_bias = tl.zeros([NL, 1, DV, DL], tl.float32)
+    sum_skip, sum_bias = tl.zeros([NL, 1, DV, DL], tl.float32), tl.zeros([NL, 1, DV, DL], tl.float32)
     for back in range(sections * M):
         chunk = sections * M - 1 - back
         if chunk % M == M - 1:
             h = tl.load(kept + chunk // M * states, mask=has_n & has_d, other=0.0)
-            pixel = _pixel((chunk - (M - 1)) * T, k, height, width)
-            for step in range((M - 1) * T):
-                if step % T == 0:
-                    tl.store(notes + step // T * states, h, mask=has_n & has_d)
-                inside = (chunk - (M - 1)) * T + step < length
-                u = tl.load(x + pixel * channels, mask=has_d & inside, other=0.0).to(tl.float32)
-                z = tl.load(delta + pixel * delta_p, mask=has_d & inside, other=0.0).to(tl.float32) + shift
-                b_l = tl.load(B + pixel * B_p, mask=has_n & inside, other=0.0).to(tl.float32)
-                dt = tl.where(has_d & inside, _softplus(z), 0.0)
-                h = tl.exp2(dt * rates) * h + (dt * u) * b_l
-                pixel = _after(pixel, k, height, width)
-            tl.store(notes + (M - 1) * states, h, mask=has_n & has_d)
-            tl.debug_barrier()  # what one lane has written another may read
+            first, walk = (chunk - (M - 1)) * T, (k, height, width, delta_p, B_p, channels)
+            _note(x, delta, B, notes, h, rates, shift, has_n, has_d, first, walk, states, T, M)
         h = tl.load(notes + chunk % M * states, mask=has_n & has_d, other=0.0)
         pixel = _pixel(chunk * T, k, height, width)
         rows = ()
@@ -197,11 +203,9 @@ def backward(
             carry = a * g
             w = g * r
             inner = _over_states(g * b_l)
-            dz = (u * inner + LN2 * _over_states(w * rates)) / (1.0 + tl.exp(-z))  # softplus' is the logistic function
-            dz = tl.where(has_d & inside, dz, 0.0)
-            sum_A += w * dt
-            sum_skip += dy_l * u
-            sum_bias += dz
+            ddt = u * inner + LN2 * _over_states(w * rates)
+            dz = tl.where(has_d & inside, ddt / (1.0 + tl.exp(-z)), 0.0)  # softplus' is the logistic function
+            sum_A, sum_skip, sum_bias = sum_A + w * dt, sum_skip + dy_l * u, sum_bias + dz
             tl.store(dx + at * channels, dt * inner + dy_l * through, mask=by_channel & inside)
             tl.store(ddelta + at * 4 * channels, dz, mask=by_channel & inside)
             tl.store(dB + at * 4 * N, _over_channels(g * drive), mask=by_state & inside)

@@ -28,6 +28,8 @@ ONLY = {
     "submitit": {"launchers/slurm.py"},
     "deepspeed": {"pipeline/engine.py"},
     "huggingface_hub": {"pipeline/model/remote.py"},
+    "terratorch": {"pipeline/adapters/terratorch.py"},
+    "torchgeo": {"pipeline/adapters/torchgeo.py"},
 }
 ENVIRONMENT = {"pipeline/ranks.py", "shards/s3.py", "launchers/command.py"}
 REMOTE = {"pipeline/model/remote.py"}  # where an s3:// address is given

@@ -89,19 +89,36 @@ class MCFMamba(nn.Module):
                 `torch.autograd.set_detect_anomaly(True)` also values that are not finite.
             TypeError: images that are not floating point, masks that are not bool.
         """
-        hidden = hidden or {}
-        batch, height, width = self._check(images, hidden)
-        maps = {}
-        for name, encoder in self.encoders.items():
-            image, mask = self._input(name, images, hidden, (batch, height, width))
-            maps[name] = encoder(image, mask, keys)  # per stage [B, h, w, C]
-        fused = [
-            fusion({name: stages[i] for name, stages in maps.items()})  # [B, h, w, C]
-            for i, fusion in enumerate(self.fusion)
-        ]
+        fused = self.pyramid(images, hidden, keys)
+        height, width = next(iter(images.values())).shape[-2:]
         pixels = self.decoder(fused, keys)[:, :height, :width]  # [B, H, W, C]
         outputs: Tensor = self.head(pixels.permute(0, 3, 1, 2))  # [B, outputs, H, W]
         return outputs
+
+    def pyramid(
+        self,
+        images: Mapping[str, Tensor],
+        hidden: Mapping[str, Tensor] | None = None,
+        keys: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The fused map of every stage [B, h, w, C], finest first; arguments and errors as of `forward`."""
+        maps = self.encode(images, hidden, keys)
+        return [fusion({name: stages[i] for name, stages in maps.items()}) for i, fusion in enumerate(self.fusion)]
+
+    def encode(
+        self,
+        images: Mapping[str, Tensor],
+        hidden: Mapping[str, Tensor] | None = None,
+        keys: Tensor | None = None,
+    ) -> dict[str, list[Tensor]]:
+        """The maps of every modality's own encoder, by stage [B, h, w, C]; otherwise as `pyramid`."""
+        hidden = hidden or {}
+        size = self._check(images, hidden)
+        maps: dict[str, list[Tensor]] = {}
+        for name, encoder in self.encoders.items():
+            image, mask = self._input(name, images, hidden, size)
+            maps[name] = encoder(image, mask, keys)
+        return maps
 
     def _input(
         self,

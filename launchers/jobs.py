@@ -270,17 +270,18 @@ def _open_files() -> Iterator[str]:
 
 def _row(job: SlurmJob) -> list[str]:
     """A job's line of the table."""
-    stage, steps = _configured(job.run)
-    recent = list(_recent(job.run / METRICS))
+    run = _at_work(job.run)
+    stage, steps = _configured(run)
+    recent = list(_recent(run / METRICS))
     step, loss = (recent[-1].get("step"), recent[-1].get("loss")) if recent else (None, None)
     seconds = [line["samples"] / line["step"] / line["samples_per_second"] for line in recent]
     left = _span(statistics.median(seconds) * max(0, steps - step)) if job.live and steps and step else "-"
-    saved = _checkpoint(job.run)
+    saved = _checkpoint(run)
     return [
         job.id,
         job.words,
         job.nodes,
-        os.path.relpath(job.run) if job.run.is_relative_to(Path.cwd()) else str(job.run),
+        os.path.relpath(run) if run.is_relative_to(Path.cwd()) else str(run),
         job.name.partition("-")[2] or stage or "-",
         (f"{step}/{steps}" if steps else str(step)) if step else "-",
         f"{loss:.4f}" if isinstance(loss, float) else "-",
@@ -290,6 +291,17 @@ def _row(job: SlurmJob) -> list[str]:
         f"{_span(time.time() - saved[1])} ago" if saved else "-",
         _note(job),
     ]
+
+
+def _at_work(run: Path) -> Path:
+    """The run's folder; where it makes several seeds one after the other, that of the newest."""
+
+    def written(folder: Path) -> float:
+        with suppress(OSError):
+            return (folder / METRICS).stat().st_mtime
+        return 0.0
+
+    return max([run, *run.glob("seed-*")], key=written)
 
 
 def _recent(path: Path) -> Iterator[dict[str, Any]]:

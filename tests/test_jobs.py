@@ -98,6 +98,20 @@ def test_the_row_of_a_running_job(fake: FakeSlurm, tmp_path: Path) -> None:
     assert cells[5:] == ["400/1000", "0.0025", "20 min", "10 min", "2", "10 min ago"]
 
 
+def test_a_run_of_several_seeds_shows_the_one_at_work(fake: FakeSlurm, tmp_path: Path) -> None:
+    run = tmp_path / "several"
+    log(run, "7.requeues", "0\n")
+    for seed, steps in ((0, 40), (1, 12)):
+        (run / f"seed-{seed}").mkdir()
+        (run / f"seed-{seed}/config.yaml").write_text("stage: finetune\nrun: x\nsteps: 40\n")
+        line = {"step": steps, "samples": 8 * steps, "samples_per_second": 8, "loss": 0.5}
+        (run / f"seed-{seed}/metrics.jsonl").write_text(json.dumps(line) + "\n")
+    os.utime(run / "seed-0/metrics.jsonl", (time.time() - 600,) * 2)
+    fake.command("squeue", [queued("7", run, "RUNNING")])
+    cells = re.split(r"  +", row("7"))
+    assert cells[3:8] == [str(run / "seed-1"), "finetune", "12/40", "0.5000", "28 s"]
+
+
 def test_a_run_has_one_row_and_live_jobs_have_all(fake: FakeSlurm, tmp_path: Path) -> None:
     ours, again, array = tmp_path / "a", tmp_path / "b", tmp_path / "c"
     waiting = [queued("9", ours, "PENDING", "Dependency"), queued("8", ours, "RUNNING")]

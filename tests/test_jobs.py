@@ -101,10 +101,10 @@ def test_the_row_of_a_running_job(fake: FakeSlurm, tmp_path: Path) -> None:
 def test_a_run_of_several_seeds_shows_the_one_at_work(fake: FakeSlurm, tmp_path: Path) -> None:
     run = tmp_path / "several"
     log(run, "7.requeues", "0\n")
-    for seed, steps in ((0, 40), (1, 12)):
+    for seed, done in ((0, 40), (1, 12)):
         (run / f"seed-{seed}").mkdir()
         (run / f"seed-{seed}/config.yaml").write_text("stage: finetune\nrun: x\nsteps: 40\n")
-        line = {"step": steps, "samples": 8 * steps, "samples_per_second": 8, "loss": 0.5}
+        line = {"step": done, "samples": 8 * done, "samples_per_second": 8, "loss": 0.5}
         (run / f"seed-{seed}/metrics.jsonl").write_text(json.dumps(line) + "\n")
     os.utime(run / "seed-0/metrics.jsonl", (time.time() - 600,) * 2)
     fake.command("squeue", [queued("7", run, "RUNNING")])

@@ -130,10 +130,11 @@ def _preflight(config: Any) -> None:
     Raises:
         PreflightError: one is not fit.
     """
-    from launchers.preflight import preflight  # with torch
     from pipeline.config import Training
 
     if isinstance(config, Training):
+        from launchers.preflight import preflight  # with torch, which a part of a build need not load
+
         place = ranks.from_environment()
         ranks.init(place)
         preflight(config, place)

@@ -9,6 +9,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from tests.services.s3 import shared
 # A shared machine is no stopwatch.
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("project")
+
+# DeepSpeed compiles the kernels of an optimiser that nobody here uses. To import what compiles them takes longer, in
+# each process, than most trainings of these tests do.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -73,20 +78,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if need.required_in_ci:
                 raise pytest.UsageError(f"CI=true, but {need.missing}; {need.remedy}")
     not_run: dict[str, list[str]] = {marker: [] for marker in absent}
-    by_file: dict[Path, list[pytest.Item]] = {}
-    for item in items:
-        by_file.setdefault(item.path, []).append(item)
     for item in list(items):
         lacks = next((marker for marker in absent if item.get_closest_marker(marker)), None)
         if lacks:
             items.remove(item)
             config.hook.pytest_deselected(items=[item])
             not_run[lacks].append(item.nodeid)
-    # They wait more than they compute, and so go beside others instead of coming last.
-    items.sort(key=lambda item: not any(other.get_closest_marker("slurm") for other in by_file[item.path]))
+    items.sort(key=lambda item: not _on_slurm(item.path))
     config.stash[NOT_RUN] = not_run
     if hasattr(config, "workeroutput"):  # one of several processes: the one that reports has collected nothing
         config.workeroutput["not_run"] = not_run
+
+
+@cache
+def _on_slurm(path: Path) -> bool:
+    return "@pytest.mark.slurm" in path.read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, all files with tests on Slurm go to one process, and first.
+
+    They wait more than they compute, and so belong beside others; and one of them takes nodes away.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class BySlurm(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "slurm" if _on_slurm(config.rootpath / file) else file
+
+    return BySlurm(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -16,6 +16,7 @@ from shards.manifest import write_manifest
 from shards.sample import Encoding, Sample, Tile
 from shards.store import open_store
 from shards.write import finish_shard, read_record, write_shard
+from tests.fake_stages import quietly
 
 CLASSES = Classes(names=("water", "field", "town"), palette=((0, 0, 200), (0, 200, 0), (200, 0, 0)))
 CONTRACT = Contract(
@@ -43,11 +44,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet() -> Iterator[None]:
-    """For modules of many small runs: without their page and their list of packages, which take longer than they do."""
-    with (
-        mock.patch("pipeline.observing.reporter", lambda *_: lambda line: {}),
-        mock.patch("pipeline.run.environment", dict),
-    ):
+    """For modules of many small runs."""
+    with quietly():
         yield
 
 
@@ -69,13 +67,13 @@ def make_sample(number: int, size: int = 32, labelled: bool = True) -> Sample:
 
 
 def write_dataset(
-    folder: Path,
+    folder: Path | str,
     samples: int = 16,
     size: int = 32,
     contract: Contract = CONTRACT,
     encoding: Encoding = "npy",
 ) -> str:
-    """A dataset of two shards in `folder`, half of it split train, a quarter val, a quarter test; its address."""
+    """A dataset of two shards, here or on S3, half of it split train, a quarter val, a quarter test; its address."""
     store, tables = open_store(str(folder)), []
     for index in range(2):
         name = f"small-{index:06d}"

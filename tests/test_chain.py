@@ -16,7 +16,7 @@ from launchers.chain import ChainError
 from launchers.config import ChainConfig
 from tests.scenes import make_archive
 from tests.services.cluster import Cluster
-from tests.small_dataset import one_thread  # noqa: F401
+from tests.small_dataset import one_thread, quiet  # noqa: F401
 
 NAMES = ["shards", "pretrain", "finetune", "evaluate"]
 

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,7 +102,12 @@ def size_of(data: Path, shard: int) -> int:
 
 
 @pytest.mark.parametrize("fault", ["when it is opened", "when it is read"])
-def test_a_build_that_skipped_files_is_finished_named_and_not_called_a_success(tmp_path: Path, fault: str) -> None:
+def test_a_build_that_skipped_files_is_finished_named_and_not_called_a_success(
+    tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> SimpleNamespace:
+        return SimpleNamespace(code=command.main(arguments), **capsys.readouterr()._asdict())
+
     make_archive(tmp_path / "archive")
     damaged = tmp_path / "archive/place1/s1.tif"
     damaged.write_bytes(b"" if fault == "when it is opened" else damaged.read_bytes()[:20_000])
@@ -109,22 +115,22 @@ def test_a_build_that_skipped_files_is_finished_named_and_not_called_a_success(t
     config.write_text(configs.dump(shards_config(tmp_path / "archive", tmp_path / "data", "on_error=skip")))
     for _ in ("built", "found finished"):
         done = run("shards", "build", str(config))
-        assert done.returncode == 1 and re.search(r"^files skipped +1$", done.stdout, re.M)
-        assert "data: 18 samples" in done.stdout and f"skipped: {damaged}" in done.stdout
-        assert done.stderr.endswith(
+        assert done.code == 1 and re.search(r"^files skipped +1$", done.out, re.M)
+        assert "data: 18 samples" in done.out and f"skipped: {damaged}" in done.out
+        assert done.err.endswith(
             "mcf: finished, but 1 files were skipped (on_error=skip); they are named above and in dataset.json\n"
         )
     parts = [run("shards", "build", str(config), f"part={part}/2", f"out={tmp_path / 'parts'}") for part in (1, 2)]
-    assert 1 in [done.returncode for done in parts]
-    assert all((done.returncode == 1) == (f"skipped: {damaged}" in done.stdout) for done in parts)
+    assert 1 in [done.code for done in parts]
+    assert all((done.code == 1) == (f"skipped: {damaged}" in done.out) for done in parts)
     merged = run("shards", "merge", str(config), f"out={tmp_path / 'parts'}")
-    assert merged.returncode == 1 and f"skipped: {damaged}" in merged.stdout
+    assert merged.code == 1 and f"skipped: {damaged}" in merged.out
     (tmp_path / "later").mkdir()
     write_catalog(
         tmp_path / "later", [row | {"place": f"{row['place']}-b"} for row in make_archive(tmp_path / "later", 1)]
     )
     later = run("shards", "build", str(config), f"archive.root={tmp_path / 'later'}", "name=later")
-    assert later.returncode == 0 and "27 samples" in later.stdout and f"skipped: {damaged}" in later.stdout
+    assert later.code == 0 and "27 samples" in later.out and f"skipped: {damaged}" in later.out
 
 
 @pytest.mark.parametrize(
@@ -236,7 +242,10 @@ def test_a_run_that_cannot_be_is_not_submitted(tmp_path: Path, monkeypatch: pyte
     assert command.main([*words, "batch.global_batch=20", "--on", "slurm"]) == 1
 
 
-def test_doctor_tells_what_to_mend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_tells_what_to_mend(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launchers.doctor.deepspeed", lambda: (True, "imported in tests/test_doctor.py"))
     data = write_dataset(tmp_path / "data")
     words = ["doctor", "demo-pretrain", f"data={data}", "sensors=[s1]"]
     command.main([*words, f"run={tmp_path / 'run'}"])

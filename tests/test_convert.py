@@ -21,7 +21,7 @@ from pipeline.model.release import read_contract
 from pipeline.pretrain import pretrain
 from shards.contract import Contract
 from tests.golden import MODELS, Golden
-from tests.small_dataset import one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import one_thread, quiet, write_dataset  # noqa: F401
 from tests.training_scenarios import config
 
 State = dict[str, Tensor]

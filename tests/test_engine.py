@@ -37,7 +37,7 @@ from pipeline.optim import learning_rate, parameter_groups
 from pipeline.pretrain import pretrain
 from pipeline.ranks import Ranks, init
 from tests.golden import FOLDER
-from tests.small_dataset import one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import one_thread, quiet, write_dataset  # noqa: F401
 from tests.training_scenarios import STOP, config
 
 SAME = 1e-6  # relative: other partitions, world sizes and scan backends add up in another order

@@ -44,7 +44,7 @@ from shards.sample import Sample, Tile
 from shards.store import open_store
 from shards.stream import Share, Stream
 from shards.write import finish_shard, read_record, write_shard
-from tests.small_dataset import CLASSES, CONTRACT, one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import CLASSES, CONTRACT, one_thread, quiet, write_dataset  # noqa: F401
 from tests.test_report import Page, chromium, decode, probe  # noqa: F401
 
 HOSTILE = "<script>alert('$x_1$')</script>"

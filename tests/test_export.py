@@ -24,7 +24,7 @@ from pipeline.pretrain import pretrain
 from shards.contract import Contract
 from shards.store import FolderStore
 from tests import test_finetune
-from tests.small_dataset import one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import one_thread, quiet, write_dataset  # noqa: F401
 from tests.training_scenarios import config as pretraining
 
 

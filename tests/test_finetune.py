@@ -22,7 +22,7 @@ from pipeline.scoring import confusion
 from shards.contract import ContractError
 from shards.manifest import ManifestError, select
 from tests.golden import Golden
-from tests.small_dataset import CLASSES, CONTRACT, make_sample, one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import CLASSES, CONTRACT, make_sample, one_thread, quiet, write_dataset  # noqa: F401
 from tests.training_scenarios import config as pretraining
 
 

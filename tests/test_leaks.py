@@ -26,9 +26,9 @@ from shards.raster_io import transform_points
 from shards.store import open_store
 from shards.write import schema
 from tests.benchmark_trees import dfc2020_patch, hunan_tile
-from tests.small_dataset import CONTRACT, one_thread
+from tests.small_dataset import CONTRACT, one_thread, quiet
 
-__all__ = ["one_thread"]
+__all__ = ["one_thread", "quiet"]
 SIDE = 0.01  # degrees
 
 

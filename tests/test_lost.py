@@ -18,7 +18,7 @@ import configs
 from pipeline import checkpoint, log
 from pipeline.pretrain import pretrain
 from pipeline.ranks import Ranks, child_environment
-from tests.small_dataset import one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import one_thread, quiet, write_dataset  # noqa: F401
 from tests.training_scenarios import config, stop_after
 
 STEPS = 24

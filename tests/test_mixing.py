@@ -21,7 +21,7 @@ from shards.contract import Classes, Contract, ContractError
 from shards.manifest import ManifestError, select
 from shards.order import CYCLE, Mix, Order
 from shards.stream import Share, Stream, order_of
-from tests.small_dataset import CONTRACT, one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import CONTRACT, one_thread, quiet, write_dataset  # noqa: F401
 from tests.streams import all_ranks, keys, write_rows
 from tests.training_scenarios import config
 

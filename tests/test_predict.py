@@ -36,7 +36,7 @@ from shards.sensors import SensorError
 from shards.store import open_store
 from tests import test_finetune
 from tests.scenes import north_up, write_catalog, write_scene
-from tests.small_dataset import one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import one_thread, quiet, write_dataset  # noqa: F401
 
 CLASSES = {"0": "water", "1": "field", "2": "town"}
 

@@ -16,7 +16,7 @@ from pipeline.finetune import finetune
 from tests import test_finetune
 from tests.scenes import write_scene
 from tests.services.cluster import Cluster
-from tests.small_dataset import one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import one_thread, quiet, write_dataset  # noqa: F401
 
 SMALL = ["window=64", "overlap=16", "block=64"]
 

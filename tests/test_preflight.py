@@ -319,54 +319,63 @@ def test_the_table() -> None:
 # Ranks together
 
 
-def launched(stage: str, processes: int, folder: Path) -> list[dict[str, Any]]:
-    """What each rank said; a launch fails exactly if it said something."""
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks that check one after the other with no trouble, with a clock apart, and with full disks."""
+    folder = tmp_path_factory.mktemp("two")
     write_dataset(folder / "data", 4)
-    code = launch(["tests.fake_stages", stage, str(folder)], processes, folder / "logs")
-    said = [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(processes)]
+    assert launch(["tests.fake_stages", "preflights", str(folder)], 2, folder / "logs") == 1
+    return folder
+
+
+def said_by(folder: Path, trouble: str, processes: int = 2) -> list[dict[str, Any]]:
+    """What each rank said; all the same."""
+    said = [json.loads((folder / f"said-{trouble}-{rank}.json").read_text()) for rank in range(processes)]
     assert [one.get("message") for one in said] == [said[0].get("message")] * processes
-    assert (code != 0) == ("message" in said[0])
     return said
 
 
-def test_two_ranks_that_are_well(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    said = launched("preflight", 2, tmp_path)
-    assert set(said[0]["checks"]) == CHECKS | {"clocks"}
-    assert "preflight: 7 checks on 2 nodes, " in capfd.readouterr().err
+def test_two_ranks_that_are_well(two: Path) -> None:
+    said = said_by(two, "none")
+    assert set(said[0]["checks"]) == CHECKS | {"clocks"} and "message" not in said[0]
+    (first, *_) = (two / "logs/rank-0.log").read_text().splitlines()
+    assert first.startswith("preflight: 7 checks on 2 nodes, ")
 
 
 def test_a_slow_node_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Three, since of two neither could be blamed."""
-    said = launched("preflight-slow", 3, tmp_path)
+    write_dataset(tmp_path / "data", 4)
+    assert launch(["tests.fake_stages", "preflight-slow", str(tmp_path)], 3, tmp_path / "logs") == 1
+    said = said_by(tmp_path, "slow", 3)
     assert said[0]["nodes"] == ["node1"]
     assert "network on node1: 4 MB to another node and back take 3" in said[0]["message"]
     rows = [line for line in capfd.readouterr().err.splitlines() if line.startswith("NOT OK")]
     assert len(rows) == 1 and rows[0].split()[2:4] == ["node1", "network"]
 
 
-def test_a_clock_apart_from_the_others(tmp_path: Path) -> None:
+def test_a_clock_apart_from_the_others(two: Path) -> None:
     """Of two clocks either may be wrong; the store's tells which."""
-    said = launched("preflight-clock", 2, tmp_path)
+    said = said_by(two, "clock")
     assert said[0]["nodes"] == ["node1"]
     assert "; clock on node1: 100" in said[0]["message"]
     assert "; clocks on all 2 nodes: the nodes' clocks are 100" in said[0]["message"]
 
 
-def test_of_disks_that_are_full_everywhere_no_node_is_blamed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    said = launched("preflight-full-everywhere", 2, tmp_path)
+def test_of_disks_that_are_full_everywhere_no_node_is_blamed(two: Path) -> None:
+    said = said_by(two, "full-everywhere")
     assert said[1]["nodes"] == []
     assert "disk on all 2 nodes: run: " in said[0]["message"]
-    err = capfd.readouterr().err
-    assert "Traceback" not in err and "the run does not begin" in err
+    told = (two / "logs/rank-0.log").read_text()
+    assert "Traceback" not in told and "the run does not begin" in told
 
 
 @pytest.mark.slurm
 def test_on_slurm_a_node_goes_by_its_name_there(slurm: Cluster, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", 4)
     settings = SlurmConfig(nodes=2, time_min=10)
-    job_id = slurm.submit(Preflights(tmp_path, "full", pretend=False), settings, tmp_path / "logs")
+    job_id = slurm.submit(Preflights(tmp_path, ("full",), pretend=False), settings, tmp_path / "logs")
     slurm.wait(job_id, "FAILED")
-    said = [json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in range(2)]
+    said = said_by(tmp_path, "full")
     assert said[0]["node"] != said[1]["node"] and said[1]["node"].startswith("node")
     assert said[0]["nodes"] == said[1]["nodes"] == [said[1]["node"]]
     assert f"disk on {said[1]['node']}: run: " in slurm.logs(job_id)

@@ -20,6 +20,7 @@ from pipeline.model import cmss
 from pipeline.pretrain import hidden, objective, pretrain, reconstruct
 from pipeline.signals import Stopped
 from shards.stream import Stream
+from tests.fake_stages import quietly
 from tests.small_dataset import CONTRACT, make_sample, one_thread, write_dataset  # noqa: F401
 from tests.training_scenarios import config
 
@@ -147,7 +148,7 @@ def first_loss(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def measure(**changes: Any) -> float:
         name = str(len(list(folder.iterdir())))
-        with mock.patch("pipeline.pretrain.pictures", lambda *_: lambda step: {}):
+        with quietly(), mock.patch("pipeline.pretrain.pictures", lambda *_: lambda step: {}):
             run = pretrain(config(folder, name, steps=1, batch={"global_batch": 2}, **changes))
         return float(log.read(run)[0]["loss"])
 

@@ -62,6 +62,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A config whose ranks are fakes, and a run folder of the user's."""
     (tmp_path / "fake_training.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # nothing may appear beside the check's own folder
     launch = local.launch
     monkeypatch.setattr(local, "launch", lambda module, *rest: launch(["fake_training", *module[1:]], *rest))
     (tmp_path / "runs/mine").mkdir(parents=True)

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipeline import figures, report
 from pipeline.ranks import Ranks
 from pipeline.report import reporter, sections
 from pipeline.run import Run
-from shards.report import Table, write_report
+from shards.report import Section, Table, write_report
 from tests.small_dataset import CONTRACT
 from tests.training_scenarios import config
 
@@ -41,9 +42,12 @@ def skipped(step: int, samples: dict[str, list[str]], why: str = "loss nan") -> 
     return line(step, **lost, skipped={"why": why, "samples": samples})
 
 
-def table(folder: Path, rows: list[dict[str, Any]], title: str) -> list[list[object]]:
-    found = {section.title: section for section in sections(folder, rows, {"steps": 100, **FACTS})}
-    section = found[title]
+def told(folder: Path, rows: list[dict[str, Any]]) -> list[Section]:
+    return sections(folder, rows, {"steps": 100, **FACTS})
+
+
+def table(found: Sequence[Section], title: str) -> list[list[object]]:
+    (section,) = (section for section in found if section.title == title)
     assert isinstance(section, Table)
     return [list(row) for row in section.rows]
 
@@ -73,24 +77,24 @@ def test_the_page_has_every_section_and_the_numbers(tmp_path: Path) -> None:
     rows[14] = skipped(15, {"0": ["a", "b"], "3": ["c"]})
     rows[19] |= {"rolled_back_to": 10}
     rows[29] |= {"mfu": 0.42, "val/mIoU": 55.25, "val/IoU/water": 90.0}
-    found = sections(tmp_path, rows, {"steps": 100, **FACTS})
+    found = told(tmp_path, rows)
     titles = ["The run", "Now", "Loss", "Learning rate and gradient", "Speed", "Reading", "Linear probe", "Validation"]
     assert [section.title for section in found] == [*titles, "Reconstructions", "Skipped steps", "Roll backs"]
-    assert table(tmp_path, rows, "The run")[1:] == [
+    assert table(found, "The run")[1:] == [
         ["stage", "pretrain"], ["data", HOSTILE], ["parameters", "58,123,456"], ["GFLOP per sample", "34.25"],
     ]  # fmt: skip
-    now = {str(name): value for name, value in table(tmp_path, rows, "Now")}
+    now = {str(name): value for name, value in table(found, "Now")}
     assert now["step"] == "30 of 100 (30.0%)" and now["loss"] == "0.1" and now["samples seen"] == "60"
     assert (now["samples/s"], now["samples/s per device"], now["waiting for data"]) == ("4", "2", "25.0%")
     assert (now["steps skipped"], now["roll backs"], now["MFU"]) == ("1", "1", "36.0%")
     assert (now["time left"], now["held up by checkpoints"]) == ("0 min 35 s", "1 min 15 s")
     assert now["peak memory of rank 0"] == "1.5 GB"
-    reading = {str(row[0]): row[1:] for row in table(tmp_path, rows, "Reading")}
+    reading = {str(row[0]): row[1:] for row in table(found, "Reading")}
     assert reading["MB/s"] == [6.0, 6.0] and reading["requests per step"] == [5.0, 5.0]
     assert reading["retries"] == [30, 30] and "found in the cache (%)" not in reading
-    step, why, rank, keys = table(tmp_path, rows, "Skipped steps")[0]
+    step, why, rank, keys = table(found, "Skipped steps")[0]
     assert (step, str(why).replace("\N{NO-BREAK SPACE}", " "), rank, keys) == ("15", "loss nan", "0", "a, b")
-    assert table(tmp_path, rows, "Roll backs") == [["20", "10"]]
+    assert table(found, "Roll backs") == [["20", "10"]]
     captions = {section.title: getattr(section, "caption", "") for section in found}
     assert "step-000010.png" in captions["Reconstructions"] and "mIoU 41.50" in captions["Linear probe"]
     assert "At step 30: val/mIoU 55.25." in captions["Validation"] and "In all: 1;" in captions["Skipped steps"]
@@ -106,7 +110,7 @@ def test_a_page_of_one_line_and_of_no_loss_works(tmp_path: Path, row: dict[str, 
 
 def test_only_the_last_of_many_skipped_steps_are_named(tmp_path: Path) -> None:
     rows = [skipped(step, {"0": [f"k{n}" for n in range(40)]}) for step in range(1, 200)]
-    cells = table(tmp_path, rows, "Skipped steps")
+    cells = table(told(tmp_path, rows), "Skipped steps")
     assert len(cells) == report.SKIPS and cells[-1][0] == "199"
     assert str(cells[0][3]).endswith("k7 and 32 more")
 
@@ -114,10 +118,11 @@ def test_only_the_last_of_many_skipped_steps_are_named(tmp_path: Path) -> None:
 def test_a_step_that_was_done_again_is_drawn_once(tmp_path: Path) -> None:
     rows = [line(step) for step in (1, 2, 3, 2, 3, 4)]
     rows[2]["rolled_back_to"] = 1
-    with_repeats = [section for section in sections(tmp_path, rows, {}) if section.title == "Speed"]
-    without = [section for section in sections(tmp_path, [*rows[:1], *rows[3:]], {}) if section.title == "Speed"]
+    found = told(tmp_path, rows)
+    with_repeats = [section for section in found if section.title == "Speed"]
+    without = [section for section in told(tmp_path, [*rows[:1], *rows[3:]]) if section.title == "Speed"]
     assert with_repeats == without
-    assert table(tmp_path, rows, "Roll backs") == [["3", "1"]]
+    assert table(found, "Roll backs") == [["3", "1"]]
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 10, 11, 99_999])

@@ -20,7 +20,7 @@ from pipeline.loop import train
 from pipeline.pretrain import pretrain
 from pipeline.ranks import LEAD, Ranks
 from shards.store import StoreError, open_store
-from tests.small_dataset import one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import one_thread, quiet, write_dataset  # noqa: F401
 from tests.test_loop import STEPS, batches, objective, prepare
 from tests.training_scenarios import config, stop_after
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from launchers import local
 from launchers.config import SlurmConfig
 from launchers.job import Job
 from launchers.slurm import SlurmError, submit
@@ -18,7 +18,7 @@ from pipeline.pretrain import pretrain
 from tests.fake_stages import Waits
 from tests.services.cluster import Cluster
 from tests.services.slurm import lose_node, return_node
-from tests.small_dataset import one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import one_thread, quiet, write_dataset  # noqa: F401
 from tests.training_scenarios import config
 
 STEPS = 10
@@ -29,16 +29,18 @@ LOOKS_S = 30  # how often Slurm looks at time limits
 
 
 @pytest.mark.slurm
+@pytest.mark.s3
 @pytest.mark.timeout(900)
 def test_whatever_slurm_does_to_a_run_changes_no_number(
-    slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slurm: Cluster, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A time limit, a preemption, a requeue and a lost node, on two nodes, against this process alone; and meanwhile
-    nobody else gets into the run folder."""
+    """A time limit, a preemption, a requeue and a lost node, on two nodes that read from S3, against this process alone
+    and a folder; and meanwhile nobody else gets into the run folder."""
     monkeypatch.setenv("RANK", "0")  # who submits may be a rank of something else
     monkeypatch.setenv("WORLD_SIZE", "1")
     write_dataset(tmp_path / "data")
-    run, settings = tmp_path / "there", config(tmp_path, "there", **HOW)
+    write_dataset(f"{s3_url}/data")
+    run, settings = tmp_path / "there", config(tmp_path, "there", data=f"{s3_url}/data", **HOW)
     job_id = slurm.submit(Waits(settings, AT), SPARE, run / "logs")
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
@@ -77,19 +79,23 @@ def test_whatever_slurm_does_to_a_run_changes_no_number(
     assert slurm.logs(job_id).count("stopped as asked after step") == 6, "both ranks, each time, in logs that go on"
     assert (run / "logs" / f"{job_id}.requeues").read_text() == "2", "those after USR2 are counted, by the job itself"
     here, there = log.read(tmp_path / "here"), log.read(run)
+    alone, whole = (checkpoint.find(folder).build().state_dict() for folder in (tmp_path / "here", run))
+    assert alone.keys() == whole.keys(), "the parameters of two ranks make a whole model"
+    assert all(torch.allclose(whole[name], alone[name], rtol=1e-4, atol=1e-6) for name in alone)
     assert [line["step"] for line in there] == list(range(1, STEPS + 1))
     assert [line["digest"] for line in there] == [line["digest"] for line in here]
     assert [line["loss"] for line in there] == pytest.approx([line["loss"] for line in here], rel=1e-6)
 
 
 @pytest.mark.slurm
-def test_two_nodes_of_two_tasks_have_the_losses_of_four_local_processes(slurm: Cluster, tmp_path: Path) -> None:
+def test_two_nodes_of_two_tasks_have_the_losses_of_this_process_alone(slurm: Cluster, tmp_path: Path) -> None:
+    """As four local processes have (tests/test_engine.py)."""
     write_dataset(tmp_path / "data")
     there, here = (config(tmp_path, name, **{**HOW, "steps": 4}) for name in ("there", "here"))
     wanted = SlurmConfig(nodes=2, tasks_per_node=2, time_min=10)
     job_id = slurm.submit(Job(there), wanted, tmp_path / "there/logs")
+    pretrain(here)
     slurm.wait(job_id, "COMPLETED", 240)
-    assert local.run(here, 4, tmp_path / "here/logs") == 0
     found, expected = (log.read(tmp_path / name) for name in ("there", "here"))
     assert [line["digest"] for line in found] == [line["digest"] for line in expected]
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-6)

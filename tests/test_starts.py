@@ -11,7 +11,7 @@ from configs import ConfigError
 from pipeline import log, pretrain
 from pipeline.starts import FORGIVEN, STARTS, StaysDown, count_start, note_end
 from shards.store import StoreError, open_store
-from tests.small_dataset import one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import one_thread, quiet, write_dataset  # noqa: F401
 from tests.training_scenarios import config, stop_after
 
 

@@ -17,7 +17,7 @@ from pipeline.config import Guard
 from pipeline.loop import Losses, train
 from pipeline.rollback import NotTraining, RolledBack
 from pipeline.run import build_engine
-from tests.small_dataset import one_thread, write_dataset  # noqa: F401
+from tests.small_dataset import one_thread, quiet, write_dataset  # noqa: F401
 from tests.test_loop import GLOBAL_BATCH, batches, objective, prepare
 from tests.training_scenarios import config, poisoned
 

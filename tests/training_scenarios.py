@@ -20,6 +20,7 @@ from pipeline import pretrain as pretrain_stage
 from pipeline.pretrain import pretrain
 from pipeline.ranks import from_environment
 from pipeline.signals import Stopped
+from tests.fake_stages import quietly
 
 STEPS, STOP, GLOBAL_BATCH = 5, 3, 4
 EMA = 0.9
@@ -105,9 +106,9 @@ def four(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """The runs for as many ranks as there are; their pictures would take longer than they do."""
-    mock.patch("pipeline.pretrain.pictures", lambda *_: lambda line: {}).start()
-    {2: two, 4: four}[from_environment().world](folder)
+    """The runs for as many ranks as there are, without what would take longer than they do."""
+    with quietly(), mock.patch("pipeline.pretrain.pictures", lambda *_: lambda line: {}):
+        {2: two, 4: four}[from_environment().world](folder)
 
 
 if __name__ == "__main__":

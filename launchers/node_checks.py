@@ -136,7 +136,8 @@ def _far(config: Training) -> float:
 
 def scan(config: Training, place: Ranks) -> Answer:
     """Whether the scan that the run will use computes what its specification says, gradients included."""
-    device, backend = ranks.device(place), scan_backend(config, place)
+    device = ranks.device(place)
+    backend = scans.resolve(config.engine.scan, device)
     wanted, found = _scanned("reference", torch.device("cpu"), torch.float64), _scanned(backend, device, torch.float32)
     allowed = TOLERANCE.get(device.type, TOLERANCE["cuda"])
     errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True)]
@@ -146,11 +147,6 @@ def scan(config: Training, place: Ranks) -> Answer:
         return True, said
     advice = "write engine.scan=torch, and report it" if backend != "torch" else "this node computes wrongly"
     return False, f"{said}; allowed are {allowed[0]:.0e} and {allowed[1]:.0e}: {advice}"
-
-
-def scan_backend(config: Training, place: Ranks) -> str:
-    """Name of the scan that the run will use."""
-    return scans.resolve(config.engine.scan, ranks.device(place))
 
 
 def _scanned(backend: str, device: torch.device, dtype: torch.dtype) -> list[Tensor]:

@@ -20,10 +20,9 @@ from torch import Tensor, distributed
 
 from launchers import is_message
 from launchers.job import PreflightError
-from launchers.node_checks import CHECKS, CLOCK_ADVICE, CLOCK_S, Answer, Check, scan_backend
+from launchers.node_checks import CHECKS, CLOCK_ADVICE, CLOCK_S, Answer, Check
 from pipeline import ranks
 from pipeline.config import Training
-from pipeline.model import scan
 from pipeline.model.scan_cpp import COMPILE_SECONDS
 from pipeline.ranks import Ranks
 from pipeline.watchdog import Watchdog
@@ -65,7 +64,7 @@ def preflight(config: Training, place: Ranks) -> list[Finding]:
     """
     stacks = Path(config.run) / "logs" / f"stacks-rank-{place.rank}.txt"
     with Watchdog(COMPILE_SECONDS, stacks):  # at its first use on a machine the scan is compiled
-        scan.available(scan_backend(config, place))
+        asked("scan", lambda: CHECKS["scan"](config, place))
         ranks.agree(True)
     began = time.monotonic()
     with Watchdog(LIMIT_S, stacks):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.model import MCFMamba, ModelConfig, ReleaseError, from_pretrained, save
 from pipeline.model.release import read_contract
+from pipeline.model.scan import BACKENDS
 
 IMAGES = {"s2-l1c": torch.linspace(-1, 1, 13 * 32 * 40).view(1, 13, 32, 40), "s1": torch.ones(1, 2, 32, 40)}
 
@@ -41,6 +42,13 @@ def test_round_trip(model: MCFMamba, folder: Path) -> None:
         "README.md", "config.json", "contract.json", "model.safetensors",
     ]  # fmt: skip
     assert [path.name for path in folder.parent.iterdir()] == ["release"], "nothing is left beside it"
+
+
+@pytest.mark.parametrize("scan", BACKENDS)
+def test_opens_whatever_scan_it_was_made_with(scan: str, model: MCFMamba, folder: Path) -> None:
+    opened = MCFMamba.from_pretrained(folder, scan=scan)
+    assert opened.scan_backend == scan
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in opened.state_dict().items())
 
 
 def test_opens_with_torch_and_safetensors_alone(folder: Path) -> None:

@@ -46,6 +46,12 @@ def test_without_a_gpu_the_error_says_what_to_take() -> None:
     assert not scan_triton.available() or torch.cuda.is_available()
 
 
+def test_an_image_beyond_32_bits_is_refused() -> None:
+    scan_triton.check_reach(2048, 2048, 4 * 96)
+    with pytest.raises(ValueError, match=r"not 2048 x 2048 pixels of 768; use smaller images, or 'torch'"):
+        scan_triton.check_reach(2048, 2048, 4 * 192)
+
+
 def test_the_benchmark_of_a_gpu_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """On the CPU and small, since it is written for a machine that is not always at hand."""
     tables(Size(device="cpu", batch=1, pixels=64, network="nano", states=4), 1)

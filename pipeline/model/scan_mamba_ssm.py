@@ -2,7 +2,8 @@
 
 The kernel (`selective_scan_fn` of mamba_ssm.ops.selective_scan_interface; Gu and Dao 2023, arXiv 2312.00752) knows
 sequences only, in groups that share B and C: so the four directions are laid out as K groups of D channels,
-[B, K D, L], and their outputs are put back and added. Letters as in scan.py.
+[B, K D, L], and their outputs are put back and added. Its sums over channels are made by atomics, in any order, so that
+gradients differ in their last bits from run to run. Letters as in scan.py.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ SECTION = 16  # steps S after which the states are kept for the backward pass: 1
 CHUNK = 4  # steps T whose states the backward pass has in registers; a section is a multiple
 AHEAD = 4  # steps whose inputs the forward pass loads at once; a section is a multiple
 VECTOR = 16  # bytes of the widest load
+REACH = 2**31  # the kernels count within a sample in 32 bits
 STATE_LANES = 4  # of the 32 lanes along the states, the others along channels: a square tile needs the fewest shuffles
 
 HALVES = True  # reads float16 and bfloat16 as they are
@@ -43,7 +44,7 @@ def scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, d
     """`pipeline.model.scan.ss2d_scan` on CUDA; once differentiable; y is float32.
 
     Raises:
-        ValueError: float64, or not on CUDA.
+        ValueError: float64, not on CUDA, or an image of over 2^31 numbers of delta, B or C.
         RuntimeError: Triton is not installed.
     """
     if not supports(x.device, x.dtype) and not (_interpreted() and x.dtype != torch.float64):
@@ -93,11 +94,21 @@ def constants(kernel: str, states: int, bytes_: int) -> dict[str, int]:
     return {"N": states, "T": CHUNK, "M": SECTION // CHUNK, **tile}
 
 
+def check_reach(height: int, width: int, stride: int) -> None:
+    """ValueError where an image of height x width pixels, `stride` numbers apart, is too large for the kernels."""
+    if height * width * stride >= REACH:
+        raise ValueError(
+            f"scan backend 'triton' takes up to 2^31 numbers of a sample, not {height} x {width} pixels of {stride}; "
+            "use smaller images, or 'torch'"
+        )
+
+
 def _launch(kernel: str, *tensors: Tensor) -> None:
     """Run a kernel on the inputs x, delta, power, B, C, D and bias and what follows them."""
     kernels = importlib.import_module("pipeline.model.scan_triton_kernels")  # needs Triton, which not all have
     x, delta, power, B, C, *_ = tensors
     batch, height, width, channels = x.shape
+    check_reach(height, width, max(tensor.stride(2) for tensor in (delta, B, C)))
     strides = (tensor.stride(axis) for tensor in (delta, B, C) for axis in (0, 2, 3))
     grid = (-(-channels // WARP), DIRECTIONS, batch)
     sizes = (height, width, channels, -(-height * width // SECTION))

@@ -49,7 +49,7 @@ def _compiled(name: str, architecture: int) -> dict[str, Any]:
         fn=kernel,
         signature=types,
         constexprs={(names.index(argument),): value for argument, value in fixed.items()},
-        # as a launch finds them: addresses and strides are multiples of 16
+        # as a launch finds them where D and N are multiples of 16: so are addresses and strides
         attrs={(names.index(argument),): [["tt.divisibility", 16]] for argument in whole},
     )
     began = time.perf_counter()

@@ -1,7 +1,7 @@
 """The scan and the whole network on a CUDA GPU: Triton against mamba-ssm, and both against what the GPU could do.
 
 Letters: B batch, K = 4 directions, D channels, L tokens, N states. Everything is Tiny at 256 x 256 pixels. Those of a
-table run in turn (timing.compare), each waiting for the GPU, so medians are of the GPU's own time.
+table run in turn (timing.compare), each waiting for the GPU, so medians are of the GPU's time.
 
 The floor of a scan is one exponential an element (B K D L N), forward; its backward needs one more. A multiprocessor
 computes 16 special functions a clock (CUDA programming guide, arithmetic instructions, compute capability 8.0 and 9.0).
@@ -90,8 +90,12 @@ def _describe(size: Size) -> None:
             versions[name] = "not installed"
     print(f"{date.today()}, {', '.join(f'{name} {version}' for name, version in versions.items())}")
     if size.device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-        print(subprocess.run(query, capture_output=True, text=True).stdout.strip())
+        print(_smi("name,driver_version,clocks.max.sm,power.limit"))
+
+
+def _smi(fields: str, *form: str) -> str:
+    query = ["nvidia-smi", f"--query-gpu={fields}", f"--format={','.join(('csv', 'noheader', *form))}"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _tensors(size: Size, channels: int, side: int) -> list[Tensor]:
@@ -150,9 +154,8 @@ def _first_call(size: Size, name: str) -> None:
 
 def _floor(exponentials: int) -> None:
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        clock = properties.clock_rate * 1e3
-        seconds = exponentials / (properties.multi_processor_count * SPECIAL * clock)
+        clock = float(_smi("clocks.max.sm", "nounits").splitlines()[0]) * 1e6
+        seconds = exponentials / (torch.cuda.get_device_properties(0).multi_processor_count * SPECIAL * clock)
         print(f"  floor: {exponentials:.3g} exponentials at {clock / 1e9:.2f} GHz {seconds * 1e3:31.2f} ms")
 
 

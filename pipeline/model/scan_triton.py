@@ -1,7 +1,8 @@
-"""The scan as two fused Triton kernels (scan_triton_kernels.py) on CUDA: cross-scan, recurrence and merge in one.
+"""The scan as two fused Triton kernels (scan_triton_kernels.py) on CUDA: cross-scan and recurrence in one.
 
 Inputs are read in the precision they come in, float32, float16 or bfloat16; states and sums are float32. Nothing is
-stacked, flipped or copied before, and no two programs write to one place, so results have the same bits in every run.
+stacked or flipped before; every direction writes its y and dx to the pixels they belong to, and one sum merges the
+four. No two programs write to one place, so results have the same bits in every run.
 
 Letters as in scan.py; P = H W pixels.
 """
@@ -45,7 +46,7 @@ def scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, d
 
     Raises:
         ValueError: float64, not on CUDA, or an image of over 2^31 numbers of delta, B or C.
-        RuntimeError: Triton is not installed.
+        ModuleNotFoundError: Triton is not installed.
     """
     if not supports(x.device, x.dtype) and not (_interpreted() and x.dtype != torch.float64):
         raise ValueError(f"scan backend 'triton' runs up to float32 on CUDA, not {x.dtype} on {x.device}; use 'torch'")
@@ -58,8 +59,9 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
         x, delta, A, B, C, D, delta_bias = tensors
         power = A.float().transpose(1, 2).mul(math.log2(math.e)).contiguous()  # [K, N, D]
-        delta, B, C = map(in_pixel_order, (delta, B, C))
-        inputs = (x.contiguous(), delta, power, B, C, D.float().contiguous(), delta_bias.float().contiguous())
+        x, delta, D, delta_bias = x.contiguous(), in_pixel_order(delta), D.float(), delta_bias.float()
+        # B and C are small, and cut out of one product at no multiple of 16 bytes, which wide loads need.
+        inputs = (x, delta, power, B.contiguous(), C.contiguous(), D.contiguous(), delta_bias.contiguous())
         sections = -(-x.shape[1] * x.shape[2] // SECTION)
         y = x.new_empty(DIRECTIONS, *x.shape, dtype=torch.float32)
         kept = x.new_empty(len(x), DIRECTIONS, sections, *power.shape[1:], dtype=torch.float32)  # [B, K, L / S, N, D]
